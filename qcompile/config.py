@@ -1,0 +1,157 @@
+"""What a user can ask for, checked once, frozen afterwards."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import pydantic
+import yaml
+
+from qcompile.errors import ConfigError
+
+Activations: TypeAlias = Literal["static", "dynamic", "token"]
+RangeMethod: TypeAlias = Literal["minmax", "percentile", "entropy", "mse"]
+Smooth: TypeAlias = Annotated[
+    Literal["auto", "off"] | float, pydantic.BeforeValidator(lambda value: _checked_smooth(value))
+]
+
+
+def _checked_smooth(value: object) -> object:
+    if value is False:
+        return "off"  # what YAML makes of a bare `off`
+    if value in ("auto", "off"):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{value!r} is not auto, off or a number in [0, 1]")
+    return float(value)
+
+
+class _Frozen(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class SiteRule(_Frozen):
+    """What a recipe asks for the modules that its glob matches. Unset fields keep the default."""
+
+    precision: Literal["float", "w8a8"] | None = None
+    activations: Activations | None = None
+    smooth: Smooth | None = None
+    ranges: RangeMethod | None = None
+
+
+class Recipe(_Frozen):
+    """Per-module overrides, by glob over the module path. The last rule that matches wins."""
+
+    rules: tuple[tuple[str, SiteRule], ...] = ()
+
+    def rule_for(self, path: str) -> SiteRule:
+        """The fields set for the module `path`, later rules over earlier ones."""
+        merged: dict[str, Any] = {}
+        for glob, rule in self.rules:
+            if fnmatch.fnmatchcase(path, glob):
+                merged.update(rule.model_dump(exclude_none=True))
+        return SiteRule(**merged)
+
+    def unmatched(self, paths: list[str]) -> list[str]:
+        """Globs that match none of `paths`: almost always a spelling mistake."""
+        return [g for g, _ in self.rules if not any(fnmatch.fnmatchcase(p, g) for p in paths)]
+
+    @classmethod
+    def from_mapping(cls, mapping: object) -> Recipe:
+        """From ``{"*.lm_head": "float", "*.fc2": {"activations": "token"}}``.
+
+        Raises:
+            ConfigError: not a mapping of globs, or a rule with an unknown field or value.
+        """
+        if not isinstance(mapping, dict):
+            raise ConfigError("a recipe is a mapping of module-path globs to rules")
+        rules: list[tuple[str, SiteRule]] = []
+        for glob, body in mapping.items():
+            fields = {"precision": body} if isinstance(body, str) else body
+            try:
+                rules.append((str(glob), SiteRule.model_validate(fields)))
+            except pydantic.ValidationError as error:
+                raise ConfigError(f"recipe rule {glob!r}: {first_problem(error)}") from error
+        return cls(rules=tuple(rules))
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """From a YAML or JSON file.
+
+        Raises:
+            ConfigError: the file is missing, unreadable or not a recipe.
+        """
+        try:
+            return cls.from_mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {path} cannot be read: {error}") from error
+        except yaml.YAMLError as error:
+            detail = " ".join(str(error).split())
+            raise ConfigError(f"recipe {path} is not valid YAML: {detail}") from error
+
+
+class CompileConfig(_Frozen):
+    """Options of one compilation.
+
+    Attributes:
+        samples: number of calibration samples (sequences, or input dictionaries).
+        seq_len: tokens per calibration sample of text.
+        smooth: SmoothQuant's migration strength α in [0, 1], ``auto`` to search it per site, or
+            ``off`` (arXiv 2211.10438).
+        activations: ``static`` (one scale from calibration; the paper's O3), ``dynamic`` (one scale
+            per tensor at run time; O2) or ``token`` (one scale per row at run time; O1).
+        ranges: how a static range is drawn from the calibration histogram.
+        recipe: per-module overrides.
+        task: a task name of optimum's, instead of the one read from the model.
+        opset: ONNX opset of the exported graph.
+        seed: of everything random (generated calibration data).
+        trust_remote_code: let Transformers run Python code that a model folder carries.
+        strict: a verification that does not hold is an error, not only a line in the report.
+    """
+
+    samples: Annotated[int, pydantic.Field(ge=1)] = 64
+    seq_len: Annotated[int, pydantic.Field(ge=2)] = 256
+    smooth: Smooth = "auto"
+    activations: Activations = "static"
+    ranges: RangeMethod = "minmax"
+    recipe: Recipe = Recipe()
+    task: str | None = None
+    opset: Annotated[int, pydantic.Field(ge=23, le=23)] = 23
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    trust_remote_code: bool = False
+    strict: bool = True
+
+
+def make_config(**fields: Any) -> CompileConfig:
+    """`CompileConfig(**fields)`, with pydantic's report turned into one sentence.
+
+    Raises:
+        ConfigError: an unknown option or a value out of its range.
+    """
+    try:
+        return CompileConfig(**fields)
+    except pydantic.ValidationError as error:
+        raise ConfigError(first_problem(error)) from error
+
+
+def parse_smooth(text: str) -> Smooth:
+    """``auto``, ``off`` or a number, from the command line.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    if text in ("auto", "off"):
+        return text  # type: ignore[return-value]
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError(f"smooth: {text!r} is not auto, off or a number in [0, 1]") from error
+
+
+def first_problem(error: pydantic.ValidationError) -> str:
+    """The first problem of a pydantic report as one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]

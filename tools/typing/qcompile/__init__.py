@@ -1,0 +1,1 @@
+../../../qcompile/__init__.py
