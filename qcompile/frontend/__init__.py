@@ -1,0 +1,68 @@
+"""Frontends: everything that qcompile can read becomes a `TracedModel`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from qcompile.config import CompileConfig
+from qcompile.errors import ModelError, check_reachable
+from qcompile.spill import spill
+from qcompile.traced import TracedModel
+
+if TYPE_CHECKING:
+    import torch
+
+Source: TypeAlias = "str | Path | tuple[torch.nn.Module, object]"
+"""A model folder, a hub id, an .onnx file, ``path/file.py:factory``, or (module, examples)."""
+
+_FACTORY = re.compile(r"\.py:[A-Za-z_]\w*$")
+
+
+def load(source: Source, config: CompileConfig, work: Path) -> TracedModel:
+    """Read and trace `source`.
+
+    Args:
+        source: see `Source`.
+        config: task, opset, trust_remote_code.
+        work: where every frontend leaves the traced graph, as ``traced.onnx``, and its weights.
+
+    Raises:
+        ModelError: the model is missing, corrupt, unsupported or unsafe to load.
+        ConfigError: the task is unknown.
+    """
+    # Imported where they are needed: torch and Transformers take seconds, an .onnx file neither.
+    if isinstance(source, tuple):
+        from qcompile.frontend.module import trace_module
+
+        module, example = source
+        return trace_module(module, example, type(module).__name__.lower(), config, work)
+    text = str(source)
+    check_reachable(Path(text.rpartition(":")[0] if _FACTORY.search(text) else text), ModelError)
+    if _FACTORY.search(text):
+        from qcompile.frontend.module import load_factory
+
+        return load_factory(text, config, work)
+    if text.endswith(".onnx"):
+        from qcompile.frontend.onnx_file import load_onnx
+
+        model = load_onnx(Path(text), task=config.task)
+        model.ir = spill(model.ir, work, "traced")
+        return model
+    from qcompile.frontend.huggingface import load_huggingface
+
+    return load_huggingface(text, config, work)
+
+
+def source_name(source: Source) -> str:
+    """The model's name without loading it: what a default output folder is called after."""
+    if isinstance(source, tuple):
+        return type(source[0]).__name__.lower()
+    text = str(source)
+    if _FACTORY.search(text):
+        file, _, function = text.rpartition(":")
+        return f"{Path(file).stem}-{function}"
+    if text.endswith(".onnx"):
+        return Path(text).stem
+    return Path(text).resolve().name if Path(text).exists() else text.rsplit("/", 1)[-1]

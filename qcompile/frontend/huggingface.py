@@ -1,0 +1,264 @@
+"""Transformers models, from a folder or from the hub."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from optimum.exporters.tasks import TasksManager
+
+from qcompile.config import CompileConfig
+from qcompile.errors import ConfigError, ModelError
+from qcompile.frontend.export import check_finite_weights, export_module
+from qcompile.traced import Kind, TracedModel
+
+# Task -> (attribute of the model's output, how it is measured).
+_TASKS: Final[dict[str, tuple[str, Kind]]] = {
+    "text-generation": ("logits", "text-generation"),
+    "fill-mask": ("logits", "text-classification"),
+    "token-classification": ("logits", "text-classification"),
+    "text-classification": ("logits", "text-classification"),
+    "feature-extraction": ("last_hidden_state", "feature-extraction"),
+    "sentence-similarity": ("last_hidden_state", "feature-extraction"),
+}
+
+_ASSET_PATTERNS: Final = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+
+
+def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedModel:
+    """Load, check and trace a Transformers model.
+
+    Args:
+        source: a folder in Hugging Face form, or a hub id.
+        config: task, opset, trust_remote_code.
+        work: folder for the traced graph.
+
+    Raises:
+        ModelError: missing or corrupt files, custom code that is not trusted, an architecture or
+            weights that do not fit the task, NaN or Inf in the weights.
+        ConfigError: a task that does not exist or that qcompile does not compile.
+    """
+    hf_config = _read_config(source, config.trust_remote_code)
+    task = config.task or _infer_task(hf_config)
+    if task not in _TASKS:
+        raise ConfigError(
+            f"task {task!r} is not one that qcompile compiles",
+            hint="one of " + ", ".join(_TASKS),
+        )
+    output, kind = _TASKS[task]
+    module = _load_weights(source, task, config.trust_remote_code)
+    check_finite_weights(module)
+    tokenizer = _load_tokenizer(source, config.trust_remote_code)
+    max_length = _max_length(module.config)
+    example = _example(module, tokenizer, kind, max_length)
+    batch = torch.export.Dim("batch", min=1, max=65536)
+    sequence = torch.export.Dim("sequence", min=1, max=max_length or 1 << 20)
+    graph = export_module(
+        _OneOutput(module, output).eval(),
+        example,
+        {name: {0: batch, 1: sequence} for name in example},
+        [output],
+        opset=config.opset,
+        work=work,
+    )
+    del module
+    gc.collect()
+    return TracedModel(
+        ir=graph,
+        name=Path(source).name if Path(source).exists() else source.rsplit("/", 1)[-1],
+        task=task,
+        kind=kind,
+        origin="transformers",
+        tokenizer=tokenizer,
+        assets=find_assets(Path(source)) if Path(source).is_dir() else (),
+        max_length=max_length,
+        bos_token_id=_token_id(hf_config.bos_token_id),
+    )
+
+
+class _OneOutput(torch.nn.Module):
+    """Names the model's inputs and its one output; attributes keep the model's own paths."""
+
+    def __init__(self, model: Any, output: str) -> None:
+        super().__init__()
+        self.inner = model  # the name that export.WRAPPED strips from paths
+        self.output = output
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        # Named one by one: torch.export matches dynamic shapes against this signature.
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        kwargs: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        if "use_cache" in inspect.signature(self.inner.forward).parameters:
+            kwargs["use_cache"] = False
+        result: torch.Tensor = getattr(self.inner(**kwargs), self.output)
+        return result
+
+
+def find_assets(folder: Path) -> tuple[Path, ...]:
+    """The configuration and tokenizer files of a model folder, weights and code left out."""
+    found = {p for pattern in _ASSET_PATTERNS for p in folder.glob(pattern) if p.is_file()}
+    return tuple(sorted(found))
+
+
+def _read_config(source: str, trust: bool) -> Any:
+    folder = Path(source)
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{source} is neither a model folder nor an .onnx file")
+    if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise ModelError(f"model {source} does not exist")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"{source} has no config.json", hint="give a folder in Hugging Face form")
+    if folder.is_dir():
+        try:
+            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise ModelError(f"{source}/config.json is not valid JSON: {error}") from error
+        if isinstance(raw, dict) and raw.get("auto_map") and not trust:
+            raise ModelError(
+                f"{source} wants to run Python code of its own (auto_map in config.json)",
+                hint="read that code, then pass --trust-remote-code",
+            )
+    return _guarded(
+        source, transformers.AutoConfig.from_pretrained, source, trust_remote_code=trust
+    )
+
+
+def _infer_task(hf_config: Any) -> str:
+    for name in hf_config.architectures or ():
+        architecture = getattr(transformers, name, None)
+        if architecture is not None:
+            try:
+                return str(TasksManager.infer_task_from_model(architecture))
+            except ValueError:
+                continue
+    raise ModelError(
+        f"the task of {hf_config.model_type} cannot be inferred from its architectures "
+        f"({hf_config.architectures})",
+        hint="give --task",
+    )
+
+
+def _load_weights(source: str, task: str, trust: bool) -> Any:
+    auto_class = TasksManager.get_model_class_for_task(task)
+    with _silent_transformers():
+        module, info = _guarded(
+            source,
+            auto_class.from_pretrained,
+            source,
+            dtype=torch.float32,
+            trust_remote_code=trust,
+            output_loading_info=True,
+        )
+    # Transformers would fill these with random numbers and only log it.
+    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    missing = [key for key in missing if "pooler" not in key or task == "text-classification"]
+    if missing:
+        raise ModelError(
+            f"{source} has no usable weights for {missing[0]}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            hint=f"is {task} the right task for this model?",
+        )
+    return module.eval()
+
+
+def _load_tokenizer(source: str, trust: bool) -> Any:
+    folder = Path(source)
+    if folder.is_dir() and not any(
+        p.name.startswith(("tokenizer", "vocab")) for p in folder.iterdir()
+    ):
+        return None
+    return _guarded(
+        source, transformers.AutoTokenizer.from_pretrained, source, trust_remote_code=trust
+    )
+
+
+def _guarded(source: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+    """`call`, any failure as one line: Transformers raises whatever its readers raise."""
+    try:
+        with _silent_transformers():
+            return call(*args, **kwargs)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        detail = lines[0] if lines else type(error).__name__
+        raise ModelError(f"{source} cannot be loaded: {detail}") from error
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    logger = logging.getLogger("transformers")
+    level, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
+    logger.setLevel(logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _example(
+    module: Any, tokenizer: Any, kind: Kind, max_length: int | None
+) -> dict[str, torch.Tensor]:
+    """Two sequences of seven tokens: sizes that collide with no other dimension of a model."""
+    parameters = inspect.signature(module.forward).parameters
+    wanted = ["input_ids", "attention_mask"]
+    wanted += [n for n in getattr(tokenizer, "model_input_names", ()) if n not in wanted]
+    if kind == "text-generation":
+        wanted.append("position_ids")
+    length = min(7, max_length or 7)
+    made = {
+        "input_ids": torch.ones(2, length, dtype=torch.int64),
+        "attention_mask": torch.ones(2, length, dtype=torch.int64),
+        "token_type_ids": torch.zeros(2, length, dtype=torch.int64),
+        # Explicit, with a batch axis: left out, the rotary cache is exported for batch one.
+        "position_ids": torch.arange(length).expand(2, length).contiguous(),
+    }
+    example = {name: made[name] for name in wanted if name in parameters and name in made}
+    if "input_ids" not in example:
+        raise ModelError(f"{type(module).__name__} does not take input_ids: not a text model")
+    return example
+
+
+def _max_length(hf_config: Any) -> int | None:
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        value = getattr(hf_config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _token_id(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

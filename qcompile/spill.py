@@ -1,0 +1,23 @@
+"""Keep weights on disk: graphs between phases are memory-mapped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import onnx_ir as ir
+
+_EXTERNAL_OVER_BYTES: Final = 1024
+
+
+def spill(model: ir.Model, work: Path, stem: str) -> ir.Model:
+    """Write `model` to ``work/stem.onnx`` and give it back memory-mapped, so that RAM is free."""
+    path = work / f"{stem}.onnx"
+    ir.save(
+        model,
+        path,
+        external_data=f"{stem}.onnx.data",
+        size_threshold_bytes=_EXTERNAL_OVER_BYTES,
+        alignment=4096,
+    )
+    return ir.load(path)
