@@ -1,0 +1,180 @@
+"""Calibration data: from what the user gave to the batches that calibrate and those held back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcompile.calibration.feeds import feed_samples, npz_files, read_npz
+from qcompile.calibration.samples import Sample, batches, count, held_back_size, split, take
+from qcompile.calibration.text import check_text, read_documents, text_samples
+from qcompile.calibration.tokens import TokenInputs, fixed_length_warnings, sequence_length
+from qcompile.config import CompileConfig
+from qcompile.errors import CalibrationError, check_reachable
+from qcompile.traced import Batch, TracedModel
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Feeds for a graph.
+
+    Attributes:
+        calibration: what ranges are taken from.
+        held_back: what verification measures on; calibration never saw it, unless `warnings` says
+            that there was a single sample.
+        origin: where the data came from, for the report.
+        warnings: sentences for the user.
+        samples: how many samples `calibration` holds.
+    """
+
+    calibration: tuple[Batch, ...]
+    held_back: tuple[Batch, ...]
+    origin: str
+    warnings: tuple[str, ...]
+    samples: int
+
+
+def load_calibration(
+    source: Path | str | Iterable[str] | Iterable[Mapping[str, Any]] | None,
+    model: TracedModel,
+    config: CompileConfig,
+) -> CalibrationData:
+    """Read, tokenise, check and split what the user gave.
+
+    Args:
+        source: a path (.txt or .jsonl of text, an .npz, a folder of .npz), or an iterable of texts
+            or of feeds (graph input name -> array). Read only as far as samples are needed.
+
+    Raises:
+        CalibrationError: the data is missing, unreadable, empty, or does not fit the model.
+        ConfigError: samples would be longer than the model's positions.
+    """
+    if source is None:
+        raise CalibrationError("no calibration data was given")
+    if isinstance(source, (str, Path)):
+        return _from_path(Path(source), model, config)
+    if isinstance(source, Mapping):
+        raise CalibrationError(
+            "calibration data is a single feed, where an iterable of feeds is needed",
+            hint="put it in a list",
+        )
+    items = iter(source)
+    first = next(items, None)
+    if first is None:
+        raise CalibrationError("the calibration data holds no samples: the iterable is empty")
+    everything = itertools.chain([first], items)
+    if isinstance(first, str):
+        return _from_texts(_only_texts(everything), "the texts given", model, config)
+    return _from_feeds(_only_feeds(everything), "the feeds given", model, config)
+
+
+def assemble(
+    samples: Sequence[Sample], origin: str, warnings: Sequence[str], config: CompileConfig
+) -> CalibrationData:
+    """Split and batch. `samples` hold at least one."""
+    notes = list(warnings)
+    calibration, held_back = split(samples, config.samples)
+    got = count(calibration)
+    if len(samples) == 1:
+        notes.append(
+            f"{origin}: there is a single sample, so accuracy is measured on what calibrated"
+        )
+    if got < config.samples:
+        notes.append(
+            f"{origin}: {got} samples calibrate, fewer than the {config.samples} asked for"
+        )
+    return CalibrationData(
+        calibration=batches(calibration),
+        held_back=batches(held_back),
+        origin=origin,
+        warnings=tuple(notes),
+        samples=got,
+    )
+
+
+def check_calibration_path(path: Path) -> None:
+    """Refuse a path that is not there: known before a model is traced for minutes.
+
+    Raises:
+        CalibrationError: it does not exist, or cannot be read.
+    """
+    check_reachable(path, CalibrationError)
+    if not path.exists():
+        raise CalibrationError(f"calibration file {path} does not exist")
+
+
+def _from_path(path: Path, model: TracedModel, config: CompileConfig) -> CalibrationData:
+    check_calibration_path(path)
+    suffix = path.suffix.lower()
+    if path.is_dir() or suffix == ".npz":
+        feeds = ((f"calibration file {file}", read_npz(file)) for file in npz_files(path))
+        return _from_feeds(feeds, str(path), model, config)
+    if suffix not in (".txt", ".jsonl"):
+        raise CalibrationError(
+            f"calibration file {path} is of an unknown kind",
+            hint="give .txt, .jsonl, .npz or a folder of .npz",
+        )
+    documents = read_documents(path, whole=model.kind == "text-generation")
+    return _from_texts(documents, str(path), model, config)
+
+
+def _from_texts(
+    documents: Iterable[str], origin: str, model: TracedModel, config: CompileConfig
+) -> CalibrationData:
+    inputs = TokenInputs.of(model)
+    length = sequence_length(model, inputs, config)
+    wanted = config.samples + held_back_size(config.samples)
+    samples = take(text_samples(documents, model, inputs, length, wanted), wanted)
+    if not samples:
+        raise CalibrationError(_no_text(origin, inputs, length))
+    warnings = fixed_length_warnings(inputs, config)
+    short = count(s for s in samples if s.feed["input_ids"].shape[1] < length)
+    if short and model.kind == "text-generation":
+        warnings.append(
+            f"{origin}: {short} of {count(samples)} samples are shorter than {length} tokens, "
+            "because the text has too few long documents"
+        )
+    return assemble(samples, origin, warnings, config)
+
+
+def _no_text(origin: str, inputs: TokenInputs, length: int) -> str:
+    if inputs.length is None and inputs.batch is None:
+        return f"{origin}: no document gives a sample, which takes at least two tokens"
+    size = f"{length} tokens" if inputs.length else "the same number of tokens"
+    return (
+        f"{origin}: the graph takes batches of exactly {inputs.batch or 'any number of'} samples "
+        f"of {size}, and the text does not fill one"
+    )
+
+
+def _from_feeds(
+    feeds: Iterable[tuple[str, Mapping[str, Any]]],
+    origin: str,
+    model: TracedModel,
+    config: CompileConfig,
+) -> CalibrationData:
+    wanted = config.samples + held_back_size(config.samples)
+    return assemble(take(feed_samples(feeds, model), wanted), origin, (), config)
+
+
+def _only_texts(items: Iterable[object]) -> Iterator[str]:
+    for at, item in enumerate(items):
+        if not isinstance(item, str):
+            raise CalibrationError(
+                f"item {at} of the calibration data is {type(item).__name__}, after texts"
+            )
+        if item.strip():
+            yield check_text(item, f"text {at}")
+
+
+def _only_feeds(items: Iterable[object]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for at, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise CalibrationError(
+                f"item {at} of the calibration data is {type(item).__name__}, "
+                "neither a text nor a feed (input name to array)"
+            )
+        yield f"feed {at}", item

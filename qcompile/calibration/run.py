@@ -1,0 +1,99 @@
+"""Run the observed graph over the calibration data. Only statistics leave the session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.calibration.stats import BINS, Stats
+from qcompile.errors import CalibrationError
+from qcompile.linears import Site
+from qcompile.passes.observe import PARTS, Observe, output_name
+from qcompile.session import open_session
+from qcompile.traced import Batch
+
+HISTOGRAM_STRIDE: Final = 16
+"""Rows between two that enter a histogram: enough for its shape at a small part of the cost."""
+
+GRAM_STRIDE: Final = 4
+"""Rows between two that enter a Gram matrix."""
+
+
+_HUGE: Final = float(np.finfo(np.float32).max)
+
+
+def calibrate(
+    model: ir.Model,
+    sites: Sequence[Site],
+    batches: Sequence[Batch],
+    work: Path,
+    *,
+    histogram_stride: int = HISTOGRAM_STRIDE,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Stats]:
+    """Statistics of every site, by site name, in one run over the data.
+
+    Args:
+        model: the float graph; it is cloned, not changed.
+        sites: what to observe.
+        batches: feeds of the graph.
+        work: the folder that holds the graph's external weights.
+        histogram_stride: every how manieth row enters the histograms.
+        progress: called with (batches done, batches in all).
+
+    Raises:
+        CalibrationError: an activation is NaN or infinite on this data.
+    """
+    gathered: dict[str, Stats] = {}
+    if not sites:
+        return gathered
+    observed = model.clone()
+    keys = {i: str(site.x.name) for i, site in enumerate(sites)}
+    Observe(
+        keys,
+        channels={i: site.channels for i, site in enumerate(sites)},
+        histogram_stride=histogram_stride,
+        gram_stride=GRAM_STRIDE,
+    )(observed)
+    path = work / "observed.onnx"
+    ir.save(observed, path)
+    session = open_session(path)
+    names = [output.name for output in session.get_outputs()]
+    inputs = {i.name for i in session.get_inputs()}
+    for done, batch in enumerate(batches):
+        feed = {k: v for k, v in batch.items() if k in inputs}
+        results = dict(zip(names, session.run(names, feed), strict=True))
+        for key, site in enumerate(sites):
+            stats = _read(results, key, site)
+            before = gathered.get(site.name)
+            gathered[site.name] = before.merge(stats) if before else stats
+        if progress:
+            progress(done + 1, len(batches))
+    path.unlink()
+    return gathered
+
+
+def _read(results: dict[str, np.ndarray], key: int, site: Site) -> Stats:
+    parts = {part: results[output_name(key, part)].astype(np.float64) for part in PARTS}
+    # ReduceMin and ReduceMax may pass over a NaN, the sum does not; higher powers may overflow.
+    seen = (parts["minimum"], parts["maximum"])
+    if not all(np.isfinite(part).all() for part in seen) or np.isnan(parts["sum1"]).any():
+        raise CalibrationError(
+            f"the input of {site.name} is NaN or infinite on the calibration data",
+            hint="check the model in float on the same inputs",
+        )
+    histogram = results[output_name(key, "histogram")]
+    return Stats(
+        count=int(results[output_name(key, "rows")]),
+        minimum=parts["minimum"],
+        maximum=parts["maximum"],
+        power_sums=np.nan_to_num(
+            np.stack([parts[f"sum{i}"] for i in range(1, 5)]), posinf=_HUGE, neginf=-_HUGE
+        ),
+        histogram=histogram.astype(np.int64).reshape(-1, BINS),
+        gram=results[output_name(key, "gram")].astype(np.float64),
+    )

@@ -1,0 +1,104 @@
+"""The error that quantisation puts into a site's outputs, predicted from statistics alone.
+
+With W of shape [K, N] smoothed to diag(s) W and activations to x / s, rounding with step Δ is noise
+of variance min(Δ²/12, x̂²) per value (a value below half a step rounds to zero, and an exact zero
+makes no error). The output error, summed over the N outputs of every consumer, is then
+
+    Σ_j E_j[min(Δ²/12, x̂_j²)] · s_j² ‖w_j‖²   +   Σ_n δ_n²/12 · Σ_j E[x_j²] / s_j²
+
+with δ_n the step of output channel n's weights. Both terms depend on s; α is chosen for least sum.
+The errors of different sites add up at the model's output to first order, each with a factor that
+does not depend on s, so the α that is best for a site's outputs is best for the model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.calibration.stats import Stats
+from qcompile.config import Activations
+
+Array = npt.NDArray[Any]
+
+STATIC_LEVELS = 255
+TOKEN_LEVELS = 127
+WEIGHT_LEVELS = 127
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightMoments:
+    """What the prediction needs of a site's weights, all consumers side by side [K, N].
+
+    Attributes:
+        squares: float64 [K], Σ_n w_jn².
+        largest: float64 [K], max_n |w_jn|.
+        weights: the float32 matrix itself; step sizes δ_n depend on s row by row.
+    """
+
+    squares: Array
+    largest: Array
+    weights: Array
+
+    @classmethod
+    def of(cls, weights: Array) -> WeightMoments:
+        return cls(
+            squares=np.einsum("kn,kn->k", weights, weights, dtype=np.float64),
+            largest=np.abs(weights).max(axis=1).astype(np.float64),
+            weights=weights,
+        )
+
+
+def output_error(
+    stats: Stats, weights: WeightMoments, scale: Array, activations: Activations
+) -> float:
+    """Predicted squared error per row of all outputs of a site smoothed by `scale` [K]."""
+    values, counts = stats.weighted_values(scale)
+    step = _step(stats, scale, activations)
+    seen = max(int(counts[0].sum()), 1)
+    per_value = np.minimum(step**2 / 12.0, np.square(values))
+    per_channel = np.einsum("kb,kb->k", per_value, counts) / seen
+    from_activations = float(per_channel @ (weights.squares * scale**2))
+    steps = np.abs(weights.weights * scale[:, None].astype(np.float32)).max(axis=0) / WEIGHT_LEVELS
+    from_weights = float(
+        np.square(steps, dtype=np.float64).sum() / 12.0 * (stats.second_moment / scale**2).sum()
+    )
+    return from_activations + from_weights
+
+
+def _step(stats: Stats, scale: Array, activations: Activations) -> float:
+    """Distance of two codes; per token, the root mean square over rows."""
+    if activations == "token":
+        return float(np.sqrt(_mean_square_row_maximum(stats, scale))) / TOKEN_LEVELS
+    low = min(float((stats.minimum / scale).min()), 0.0)
+    high = max(float((stats.maximum / scale).max()), 0.0)
+    return (high - low) / STATIC_LEVELS
+
+
+def _mean_square_row_maximum(stats: Stats, scale: Array) -> float:
+    """E over rows of max_j (x_j / s_j)², taking channels as independent.
+
+    P(row maximum ≤ t) is the product over channels of P(|x_j| ≤ t s_j), read off the histograms.
+    """
+    values, counts = stats.weighted_values()
+    middle = values.shape[1] // 2
+    magnitudes = counts[:, middle:].copy()
+    magnitudes[:, 1:] += counts[:, :middle][:, ::-1]
+    grid = values[0, middle:]
+    below = np.cumsum(magnitudes, axis=1) / np.maximum(magnitudes.sum(axis=1, keepdims=True), 1)
+    top = float((stats.absmax / scale).max())
+    if top <= 0.0:
+        return 0.0
+    thresholds = top * 2.0 ** (-np.arange(60, -1, -1) / 4.0)
+    log_probability = np.zeros(len(thresholds))
+    for at, threshold in enumerate(thresholds):
+        column = np.searchsorted(grid, threshold * scale, side="right") - 1
+        inside = below[np.arange(len(scale)), np.maximum(column, 0)]
+        log_probability[at] = np.log(np.maximum(inside, 1e-12)).sum()
+    probability = np.exp(log_probability)
+    probability[-1] = 1.0
+    mass = np.diff(np.concatenate([[0.0], probability]))
+    return float((mass * thresholds**2).sum())

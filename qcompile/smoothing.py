@@ -1,0 +1,213 @@
+"""Which activations to smooth, by how much, and into what: SmoothQuant (arXiv 2211.10438)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.calibration.stats import Stats
+from qcompile.config import CompileConfig, Smooth
+from qcompile.linears import Linear, Site
+from qcompile.noise import WeightMoments, output_error
+from qcompile.precision import Choice
+from qcompile.producers import Producer, Refusal, find_producer, inserted_mul
+
+Array = npt.NDArray[Any]
+
+ALPHAS: Final = tuple(np.round(np.arange(0.0, 1.01, 0.1), 2).tolist())
+"""The grid of `smooth = auto`; "not at all" is a further candidate."""
+
+PAYS: Final = 0.7
+"""A Mul is inserted where it brings the predicted output error to this part or less: it costs one
+more pass over the activation."""
+
+_FLOOR: Final = 1e-2
+"""A channel's maximum counts as at least this part of the tensor's: a channel that calibration
+found almost dead must not get an extreme scale."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Smoothing:
+    """One site's decision.
+
+    Attributes:
+        site: its name.
+        alpha: migration strength, or None where nothing is folded.
+        reason: why this α, or why nothing.
+        scale: s, float64 [channels of the site]; ones where nothing is folded.
+        producer: what takes 1 / s.
+        producer_scale: s as the producer's output channels see it.
+        consumers: names of the Linears whose weight rows are multiplied by s.
+    """
+
+    site: str
+    alpha: float | None
+    reason: str
+    scale: Array
+    producer: Producer | None = None
+    producer_scale: Array | None = None
+    consumers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothingPlan:
+    """Decisions for all sites: a value, made once, applied by `passes.smooth_quant`."""
+
+    entries: tuple[Smoothing, ...] = ()
+
+    @property
+    def folded(self) -> tuple[tuple[Smoothing, Producer, Array], ...]:
+        """(entry, producer, scale at the producer) of every site that is smoothed."""
+        return tuple(
+            (entry, entry.producer, entry.producer_scale)
+            for entry in self.entries
+            if entry.producer is not None and entry.producer_scale is not None
+        )
+
+    def of(self, site: str) -> Smoothing | None:
+        """The decision for `site`, or None where there is none."""
+        return next((entry for entry in self.entries if entry.site == site), None)
+
+    def scale_of(self, site: str) -> Array:
+        """s of `site`, [channels].
+
+        Raises:
+            KeyError: the plan knows no such site.
+        """
+        entry = self.of(site)
+        if entry is None:
+            raise KeyError(site)
+        return entry.scale
+
+
+def plan_smoothing(
+    sites: list[Site],
+    stats: Mapping[str, Stats],
+    config: CompileConfig,
+    chosen: Mapping[str, Choice],
+) -> SmoothingPlan:
+    """Decide α per site.
+
+    Args:
+        sites: in graph order.
+        stats: by site name, with histograms.
+        config: `smooth`, `activations` and the recipe.
+        chosen: which Linears are going to be INT8; a site without any is left alone.
+    """
+    linears = [linear for site in sites for linear in site.linears]
+    # What later folds do to a weight's output columns, by Linear. Sites are planned last to first:
+    # then the columns of a site's consumers are already as they will be.
+    columns: dict[str, Array] = {}
+    entries: list[Smoothing] = []
+    for site in reversed(sites):
+        entry = _plan_site(site, linears, stats[site.name], config, columns, chosen)
+        entries.append(entry)
+        producer = entry.producer
+        if producer is not None and producer.kind == "linear":
+            assert entry.producer_scale is not None
+            columns[producer.name] = entry.producer_scale
+    return SmoothingPlan(tuple(reversed(entries)))
+
+
+def _plan_site(
+    site: Site,
+    linears: list[Linear],
+    stats: Stats,
+    config: CompileConfig,
+    columns: Mapping[str, Array],
+    chosen: Mapping[str, Choice],
+) -> Smoothing:
+    nothing = Smoothing(site.name, None, "", np.ones(site.channels))
+    planned = [linear for linear in site.linears if chosen[linear.name].quantize]
+    if not planned:
+        return dataclasses.replace(nothing, reason="not quantised")
+    rule = config.recipe.rule_for(planned[0].name)
+    smooth: Smooth = rule.smooth if rule.smooth is not None else config.smooth
+    activations = rule.activations or config.activations
+    if smooth == "off":
+        return dataclasses.replace(nothing, reason="off, as asked")
+    producer = find_producer(site, linears)
+    if isinstance(producer, Producer) and producer.name in columns:
+        producer = Refusal(f"{producer.name} already takes another site's scale")
+    refusal = producer.reason if isinstance(producer, Refusal) else None
+    if isinstance(producer, Refusal):
+        if not producer.insertable:
+            return dataclasses.replace(nothing, reason=f"refused: {producer.reason}")
+        producer = inserted_mul(site)
+    weights = WeightMoments.of(_stacked(site, columns))
+    groups = producer.channels
+    candidates: dict[float | None, Array] = {None: np.ones(site.channels)}
+    for alpha in ALPHAS if smooth == "auto" else (float(smooth),):
+        candidates[alpha] = smoothing_scale(stats.absmax, weights.largest, alpha, groups)
+    errors = {a: output_error(stats, weights, s, activations) for a, s in candidates.items()}
+    alpha_best = min(errors, key=lambda a: errors[a]) if smooth == "auto" else float(smooth)
+    if alpha_best is None:
+        return dataclasses.replace(nothing, reason="smoothing would not lessen the output error")
+    gain = errors[alpha_best] / errors[None] if errors[None] > 0 else 1.0
+    predicted = f"{gain:.2f} of the unsmoothed"
+    reason = f"least predicted output error, {predicted}" if smooth == "auto" else "as asked"
+    if refusal is not None:
+        if gain > PAYS:
+            return dataclasses.replace(
+                nothing, reason=f"refused: {refusal}; a Mul would not pay (error {predicted})"
+            )
+        reason = f"a Mul was inserted ({refusal}): error {predicted}"
+    scale = candidates[alpha_best]
+    producer_scale = np.ones(producer.width)
+    producer_scale[groups] = scale
+    return Smoothing(
+        site=site.name,
+        alpha=alpha_best,
+        reason=reason,
+        scale=scale,
+        producer=producer,
+        producer_scale=producer_scale,
+        consumers=tuple(linear.name for linear in site.linears),
+    )
+
+
+def smoothing_scale(
+    activation: Array, weight: Array, alpha: float, groups: npt.NDArray[np.int64]
+) -> Array:
+    """s_j = max|X_j|^α / max|W_j|^(1−α), equation 4 of the paper, its geometric mean set to one.
+
+    Args:
+        activation: max|X_j|, [channels].
+        weight: max over outputs and consumers of |W_j|, [channels].
+        alpha: migration strength in [0, 1].
+        groups: [channels]; channels of one number share one scale (grouped-query attention).
+    """
+    x, w = _share(_floored(activation), groups), _share(_floored(weight), groups)
+    scale = x**alpha / w ** (1.0 - alpha)
+    scale = scale / np.exp(np.log(scale).mean())
+    result: Array = np.clip(scale, 1e-4, 1e4)
+    return result
+
+
+def _floored(values: Array) -> Array:
+    largest = float(values.max())
+    return np.maximum(values, _FLOOR * largest if largest > 0 else 1.0)
+
+
+def _share(values: Array, groups: npt.NDArray[np.int64]) -> Array:
+    """The largest value of each group, at every member."""
+    top = np.zeros(int(groups.max()) + 1)
+    np.maximum.at(top, groups, values)
+    result: Array = top[groups]
+    return result
+
+
+def _stacked(site: Site, columns: Mapping[str, Array]) -> Array:
+    """All consumers' weights side by side, [K, ΣN], as later folds leave their columns."""
+    parts = []
+    for linear in site.linears:
+        tensor = linear.weight.const_value
+        assert tensor is not None
+        weight = tensor.numpy()
+        divisor = columns.get(linear.name)
+        parts.append(weight if divisor is None else weight / divisor.astype(np.float32))
+    return np.concatenate(parts, axis=1)
