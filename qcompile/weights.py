@@ -1,0 +1,215 @@
+"""Symmetric int8 weights per output channel, safe from 16-bit saturation where the target needs it.
+
+A kernel built on vpmaddubsw multiplies two adjacent input channels 2i and 2i+1, unsigned code times
+signed weight, and adds the products in 16 bits. It is exact if, for every pair and output channel,
+
+    h_2i · max(w_2i, 0) + h_2i+1 · max(w_2i+1, 0) ≤ 32767, and likewise for the negative parts,
+
+with h the highest code that each channel reaches. Making every weight fit by 7 bits, or by a larger
+scale for the whole channel, costs accuracy everywhere; here the few pairs that break the bound are
+moved to the nearest point that keeps it, and the scale is chosen for the least error of all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.precision import QuantizedWeight
+
+Array = npt.NDArray[Any]
+
+LEVELS: Final = 127
+LIMIT: Final = 32767
+_SHRINK: Final = 0.80
+_STEPS: Final = 20
+_BLOCK: Final = 256
+_DAMPING: Final = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+    """How input channels stand in for one another; Linears that share an input share it.
+
+    Attributes:
+        gram: Σ xᵀx within blocks of channels, [blocks, size, size].
+        factors: upper Cholesky factors of the damped blocks' inverses, of the same shape: row j
+            says how the channels after j make up for an error in j.
+    """
+
+    gram: Array
+    factors: Array
+
+    @classmethod
+    def of(cls, gram: Array) -> Neighbours:
+        """From a Gram matrix in blocks, as `qcompile.calibration.stats.Stats` holds it."""
+        diagonal = np.einsum("bkk->bk", gram)
+        damping = _DAMPING * diagonal.mean(axis=1) + 1e-12 * max(float(diagonal.max()), 1e-30)
+        damped = gram + damping[:, None, None] * np.eye(gram.shape[1])
+        return cls(gram, np.linalg.cholesky(np.linalg.inv(damped)).transpose(0, 2, 1))
+
+
+def quantize_weight(
+    weight: Array,
+    second_moment: Array | None = None,
+    highest: Array | None = None,
+    neighbours: Neighbours | None = None,
+) -> QuantizedWeight:
+    """Quantise ``W [K, N]``, each output channel with the scale of least error.
+
+    With `neighbours`, rounding errors are then made up for by the weights that are rounded later
+    (GPTQ, arXiv 2210.17323, within blocks of channels), where that lessens a channel's error.
+
+    Args:
+        weight: float32 [K, N].
+        second_moment: E[x²] of the input channels, [K]: an error counts as much as it moves the
+            output. None weighs all alike.
+        highest: the highest uint8 code of each input channel, [K]. None: no constraint.
+        neighbours: of the input channels; None rounds each weight for itself.
+
+    Returns:
+        int8 codes [K, N] and float32 scale [N]. Time and memory are bounded by blocks of output
+        channels.
+    """
+    depth, width = weight.shape
+    importance = np.ones(depth) if second_moment is None else np.asarray(second_moment, np.float64)
+    importance = np.maximum(importance / max(float(importance.mean()), 1e-30), 1e-6)
+    even = depth + depth % 2
+    importance = np.pad(importance, (0, even - depth), constant_values=1.0).astype(np.float32)
+    if highest is not None:
+        highest = np.pad(np.maximum(highest, 1), (0, even - depth), constant_values=1)
+        highest = highest.astype(np.float32)
+    codes = np.empty((depth, width), np.int8)
+    scale = np.empty(width, np.float32)
+    for start in range(0, width, _BLOCK):
+        block = np.zeros((min(_BLOCK, width - start), even), np.float32)
+        block[:, :depth] = weight[:, start : start + _BLOCK].T
+        best_codes, best_scale = _quantize_block(block, importance, highest)
+        codes[:, start : start + _BLOCK] = best_codes[:, :depth].T
+        scale[start : start + _BLOCK] = best_scale
+    if neighbours is not None:
+        codes = _compensate(weight, codes, scale, highest, neighbours)
+    return QuantizedWeight(codes=codes, scale=scale)
+
+
+def violations(codes: Array, highest: Array) -> int:
+    """How many (pair, output channel, sign) of int8 `codes` [K, N] can leave 16 bits.
+
+    Args:
+        codes: int8 [K, N].
+        highest: highest code of each input channel, [K].
+    """
+    depth = len(codes)
+    wide = np.pad(codes.astype(np.int32), ((0, depth % 2), (0, 0)))
+    reach = np.pad(np.asarray(highest, np.int32), (0, depth % 2))[:, None]
+    count = 0
+    for part in (np.maximum(wide, 0), np.maximum(-wide, 0)):
+        reached = part * reach
+        count += int(((reached[0::2] + reached[1::2]) > LIMIT).sum())
+    return count
+
+
+def _quantize_block(block: Array, importance: Array, highest: Array | None) -> tuple[Array, Array]:
+    """Codes [n, K] and scales [n] of output channels `block` [n, K], K even."""
+    top = np.maximum(np.abs(block).max(axis=1), 1e-30) / LEVELS
+    # Both ways from the scale that maps the largest weight to 127: smaller ones clip a few weights
+    # for a finer step, larger ones keep pairs inside the bound.
+    ratios = np.repeat(np.linspace(_SHRINK, 1.0, _STEPS)[:, None], len(block), axis=1)
+    if highest is not None:
+        enlarge = np.maximum(_safe_scale(block, highest) / top, 1.0)
+        up = np.linspace(0.0, 1.0, _STEPS // 2 + 1)[1:, None]
+        ratios = np.concatenate([ratios, 1.0 + (enlarge - 1.0) * up])
+    best = np.full(len(block), np.inf)
+    best_codes, best_scale = np.zeros_like(block), top.astype(np.float32)
+    for ratio in ratios:
+        scale = (top * ratio).astype(np.float32)
+        target = block / scale[:, None]
+        codes = np.clip(np.rint(target), -LEVELS, LEVELS)
+        if highest is not None:
+            _keep_pairs_inside(codes, target, highest, importance)
+        error = np.einsum("nk,k->n", np.square(target - codes), importance) * np.square(ratio)
+        better = error < best
+        best[better] = error[better]
+        best_scale[better], best_codes[better] = scale[better], codes[better]
+    return best_codes, best_scale
+
+
+def _safe_scale(block: Array, highest: Array) -> Array:
+    """The scale of each output channel [n] from which on no rounding can break the bound."""
+    reached = [np.maximum(block, 0) * highest, np.maximum(-block, 0) * highest]
+    pairs = [(part[:, 0::2] + part[:, 1::2]).max(axis=1) for part in reached]
+    # Rounding adds up to half a code to each of the two.
+    result: Array = np.maximum(*pairs) / (LIMIT - 255)
+    return result
+
+
+def _keep_pairs_inside(codes: Array, target: Array, highest: Array, importance: Array) -> None:
+    """Move, in place, each pair of `codes` [n, K] that breaks the bound to the best that keeps it.
+
+    One code alone never breaks it (255 · 127 < 32767), so a pair that does has both codes of one
+    sign. The real-valued optimum lies on the bound, at the foot of the error-weighted normal; the
+    integers around it are tried, each with the largest partner that fits.
+    """
+    a, b = codes[:, 0::2], codes[:, 1::2]
+    high_a, high_b = highest[0::2], highest[1::2]
+    row, pair = np.nonzero((np.abs(a * high_a + b * high_b) > LIMIT) & (a * b > 0))
+    if len(row) == 0:
+        return
+    sign = np.sign(a[row, pair])
+    start_a, start_b = np.abs(a[row, pair]), np.abs(b[row, pair])
+    want_a, want_b = np.abs(target[:, 0::2][row, pair]), np.abs(target[:, 1::2][row, pair])
+    h_a, h_b = high_a[pair], high_b[pair]
+    m_a, m_b = importance[0::2][pair], importance[1::2][pair]
+    excess = np.maximum(want_a * h_a + want_b * h_b - LIMIT, 0.0)
+    foot = np.floor(want_a - excess * (h_a / m_a) / (h_a * h_a / m_a + h_b * h_b / m_b))
+    best = np.full(len(row), np.inf)
+    best_a, best_b = start_a.copy(), np.zeros_like(start_b)
+    for step in range(-2, 3):
+        try_a = np.clip(foot + step, 0, start_a)
+        try_b = np.clip(np.floor((LIMIT - try_a * h_a) / h_b), 0, start_b)
+        error = m_a * np.square(want_a - try_a) + m_b * np.square(want_b - try_b)
+        better = error < best
+        best = np.where(better, error, best)
+        best_a, best_b = np.where(better, try_a, best_a), np.where(better, try_b, best_b)
+    a[row, pair], b[row, pair] = sign * best_a, sign * best_b
+
+
+def _compensate(
+    weight: Array, codes: Array, scale: Array, highest: Array | None, neighbours: Neighbours
+) -> Array:
+    """GPTQ within blocks: `codes` [K, N], or better ones for the channels where they are found."""
+    gram, factors = neighbours.gram, neighbours.factors
+    size = gram.shape[1]
+    made = np.empty_like(codes)
+    plain, compensated = np.zeros(len(scale)), np.zeros(len(scale))
+    for number, start in enumerate(range(0, len(weight), size)):
+        rows = slice(start, min(start + size, len(weight)))
+        width = rows.stop - start
+        wanted = np.asarray(weight[rows], np.float32)
+        reach = None if highest is None else highest[rows].astype(np.float32)
+        factor = factors[number, :width, :width].astype(np.float32)
+        rounded = _round_in_turn(wanted / scale, reach, factor)
+        block = gram[number, :width, :width]
+        for total, candidate in ((plain, codes[rows]), (compensated, rounded)):
+            miss = wanted - candidate * scale
+            total += np.einsum("kn,kn->n", miss, block @ miss)
+        made[rows] = rounded
+    return np.where(compensated < plain, made, codes)
+
+
+def _round_in_turn(left: Array, reach: Array | None, factor: Array) -> Array:
+    """Round `left` [k, N], in units of a code, row by row; later rows make up for each error."""
+    made = np.empty_like(left)
+    for j in range(len(left)):
+        code = np.clip(np.rint(left[j]), -LEVELS, LEVELS)
+        if reach is not None and j % 2:
+            room = np.floor((LIMIT - np.abs(made[j - 1]) * reach[j - 1]) / reach[j])
+            crowded = (made[j - 1] * code > 0) & (np.abs(code) > room)
+            code[crowded] = np.sign(code[crowded]) * room[crowded]
+        made[j] = code
+        error = (left[j] - code) / factor[j, j]
+        left[j + 1 :] -= factor[j, j + 1 :, None] * error
+    return made

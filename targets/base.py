@@ -1,0 +1,78 @@
+"""What a target is: capabilities as data, lowering as passes, and the kernels to expect."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompile.config import Activations
+from qcompile.precision import OpPlan, PrecisionPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Capability:
+    """One row of a target's table: an op in a precision, and the kernel that runs it.
+
+    Attributes:
+        op: canonical op type.
+        activations: how the activation is quantised.
+        weights: dtype and granularity of the weight.
+        kernel: op type, with its domain, expected in the optimised graph.
+        note: what a user should know.
+    """
+
+    op: str
+    activations: Activations
+    weights: str
+    kernel: str
+    note: str = ""
+
+
+class Target(abc.ABC):
+    """A place where the graph runs. One file each; targets never import one another.
+
+    Constructed with the variant after the colon of ``name:variant``, or an empty string for the
+    machine at hand.
+    """
+
+    name: str
+    summary: str
+    variants: tuple[str, ...] = ()
+    capabilities: tuple[Capability, ...] = ()
+
+    @abc.abstractmethod
+    def __init__(self, variant: str = "") -> None:
+        """Raises ConfigError for a variant that does not exist."""
+
+    @property
+    @abc.abstractmethod
+    def saturates(self) -> bool:
+        """Whether the u8·s8 kernel adds two products in 16 bits, so that weights must be safe."""
+
+    @abc.abstractmethod
+    def probe(self) -> dict[str, Any]:
+        """What was found out about the machine and the runtime, for the artifact's record."""
+
+    @abc.abstractmethod
+    def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
+        """The passes that replace canonical and Q/DQ patterns by this target's kernels."""
+
+    @abc.abstractmethod
+    def kernels_for(self, op: OpPlan, plan: PrecisionPlan) -> tuple[str, ...]:
+        """The op types, with domain, any of which may run a planned INT8 op."""
+
+    @abc.abstractmethod
+    def emit(self, model: ir.Model, folder: Path) -> Path:
+        """Write ``model.onnx`` and its external data; return the path of the graph."""
+
+    def capability(self, op: str, activations: Activations) -> Capability | None:
+        """The row for `op` with `activations`, or None where the target has no kernel."""
+        for row in self.capabilities:
+            if (row.op, row.activations) == (op, activations):
+                return row
+        return None

@@ -1,0 +1,133 @@
+"""`ort-cpu`: ONNX Runtime's CPU provider, on the machine at hand or one that is named."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import InlinePass
+from qcompile.passes.integer_matmul import CONTRIB, KERNEL, IntegerMatMul
+from qcompile.targets.base import Capability, Target
+
+from qcompile.errors import ConfigError
+from qcompile.precision import OpPlan, PrecisionPlan
+
+_KERNEL: Final = f"{CONTRIB}.{KERNEL}"
+_DYNAMIC_KERNEL: Final = f"{CONTRIB}.DynamicQuantizeMatMul"
+
+
+class OrtCpu(Target):
+    """CPU provider, integer kernels of its contrib ops.
+
+    On x86-64 without VNNI the u8·s8 kernel multiplies adjacent input channels and adds the two
+    products in 16 bits (vpmaddubsw), which saturates; weights are then rounded so that it cannot.
+    """
+
+    name = "ort-cpu"
+    summary = "ONNX Runtime, CPU provider"
+    variants = ("avx2", "vnni", "arm64")
+    capabilities = (
+        Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
+        Capability(
+            "MatMul",
+            "dynamic",
+            "int8 per output channel",
+            _KERNEL,
+            "one pass over the activation more than static, to find its range",
+        ),
+        Capability(
+            "MatMul",
+            "token",
+            "int8 per output channel",
+            _KERNEL,
+            "the kernel has no scale per row: three float passes around it",
+        ),
+    )
+
+    def __init__(self, variant: str = "") -> None:
+        if variant and variant not in self.variants:
+            raise ConfigError(
+                f"target ort-cpu has no variant {variant!r}",
+                hint="one of " + ", ".join(self.variants),
+            )
+        self.variant = variant
+
+    @property
+    def saturates(self) -> bool:
+        return self.variant == "avx2" if self.variant else host_saturates()
+
+    def probe(self) -> dict[str, Any]:
+        return {
+            "variant": self.variant or "host",
+            "machine": platform.machine(),
+            "processor": _processor(),
+            "host_u8s8_saturates": host_saturates(),
+            "target_u8s8_saturates": self.saturates,
+            "onnxruntime": ort.__version__,
+            "kernels": {_KERNEL: has_kernel(KERNEL, CONTRIB)},
+        }
+
+    def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
+        return (IntegerMatMul(), InlinePass())
+
+    def kernels_for(self, op: OpPlan, plan: PrecisionPlan) -> tuple[str, ...]:
+        site = plan.site(op.site)
+        if site is not None and site.activation.mode == "dynamic":
+            # ONNX Runtime joins the two where a dynamic activation has one reader.
+            return (_KERNEL, _DYNAMIC_KERNEL)
+        return (_KERNEL,)
+
+    def emit(self, model: ir.Model, folder: Path) -> Path:
+        path = folder / "model.onnx"
+        ir.save(model, path, external_data="model.onnx.data", alignment=4096)
+        return path
+
+
+def has_kernel(op_type: str, domain: str) -> bool:
+    """Whether this build of ONNX Runtime has a CPU kernel for the op."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return any(
+        (k.op_name, k.domain, k.provider) == (op_type, domain, "CPUExecutionProvider")
+        for k in state.get_all_opkernel_def()
+    )
+
+
+@functools.cache
+def host_saturates() -> bool:
+    """Whether the u8·s8 kernel of this machine saturates: asked of the kernel, not of cpuid."""
+    rows, depth, columns = 16, 64, 32
+    product = _kernel_session().run(
+        None,
+        {
+            "x": np.full((rows, depth), 255, np.uint8),
+            "w": np.full((depth, columns), 127, np.int8),
+        },
+    )[0]
+    return bool((product != 255 * 127 * depth).any())
+
+
+def _kernel_session() -> ort.InferenceSession:
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        probe (uint8[16, 64] x, int8[64, 32] w) => (int32[16, 32] y) { y = MatMulInteger(x, w) }"""
+    )
+    return ort.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
