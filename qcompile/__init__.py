@@ -1,0 +1,104 @@
+"""qcompile: quantising compiler from PyTorch, Transformers and ONNX to ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcompile.config import CompileConfig, Recipe
+from qcompile.errors import (
+    CalibrationError,
+    ConfigError,
+    ModelError,
+    OutputError,
+    QcompileError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from qcompile.artifact import Artifact
+    from qcompile.frontend import Source
+    from qcompile.pipeline import Calibration
+
+__all__ = [
+    "Artifact",
+    "CalibrationError",
+    "CompileConfig",
+    "ConfigError",
+    "ModelError",
+    "OutputError",
+    "QcompileError",
+    "Recipe",
+    "VerificationError",
+    "compile",
+    "load",
+]
+
+
+def compile(
+    model: Source,
+    *,
+    target: str = "ort-cpu",
+    scheme: str = "w8a8",
+    calibration: Calibration = None,
+    config: CompileConfig | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+) -> Artifact:
+    """Compile a model into a folder.
+
+    Args:
+        model: a Hugging Face folder or hub id, an ``.onnx`` file, ``path/file.py:factory``, or a
+            pair (torch.nn.Module, example inputs).
+        target: ``name`` or ``name:variant``; see ``qcompile targets``.
+        scheme: see ``qcompile schemes``.
+        calibration: feeds (dicts of arrays by input name), texts, or a path to text or .npz. None
+            generates data, and says in the report what that costs.
+        config: all other options.
+        output: the artifact's folder; default ``MODEL-target-scheme`` in the current one.
+        overwrite: replace an artifact that is there.
+
+    Raises:
+        QcompileError: what cannot be done, in one sentence; nothing is left at `output` then.
+    """
+    # Imported here: `import qcompile` and `qcompile --help` need none of what compiling needs.
+    from qcompile.pipeline import compile_model
+
+    folder = Path(output) if output is not None else default_output(model, target, scheme)
+    return compile_model(
+        model,
+        target=target,
+        scheme=scheme,
+        calibration=calibration,
+        config=config or CompileConfig(),
+        output=folder,
+        overwrite=overwrite,
+    )
+
+
+def load(folder: str | Path) -> onnxruntime.InferenceSession:
+    """Open the artifact in `folder` as an ``onnxruntime.InferenceSession``, default options.
+
+    Raises:
+        ModelError: not an artifact, or a graph that ONNX Runtime refuses.
+    """
+    from qcompile.artifact import load as load_artifact
+
+    return load_artifact(folder)
+
+
+def default_output(model: Source, target: str, scheme: str) -> Path:
+    """``MODEL-target-scheme`` in the current folder."""
+    from qcompile.frontend import source_name
+
+    return Path(f"{source_name(model)}-{target.replace(':', '-')}-{scheme}")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Artifact":
+        from qcompile.artifact import Artifact
+
+        return Artifact
+    raise AttributeError(f"module 'qcompile' has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""``python -m qcompile``."""
+
+from qcompile.cli import main
+
+main()

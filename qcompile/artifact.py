@@ -1,0 +1,179 @@
+"""The artifact: a folder that stands alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from qcompile.config import CompileConfig
+from qcompile.errors import ModelError
+from qcompile.metrics import Accuracy
+from qcompile.precision import PrecisionPlan
+from qcompile.report import Report
+from qcompile.session import open_session, run_first_output
+from qcompile.targets.base import Target
+from qcompile.traced import Batch, Kind, TracedModel
+
+GRAPH: Final = "model.onnx"
+RECORD: Final = "qcompile.json"
+REPORT: Final = "report.json"
+SAMPLE: Final = "check.npz"
+FORMAT: Final = 1
+_SAMPLE_OUTPUT_BYTES: Final = 2 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A compiled model on disk."""
+
+    path: Path
+    report: Report
+
+    def session(self) -> ort.InferenceSession:
+        """A session on the graph, under default options."""
+        return load(self.path)
+
+
+def load(folder: str | Path) -> ort.InferenceSession:
+    """Open the artifact in `folder`.
+
+    Raises:
+        ModelError: not an artifact, or a graph that ONNX Runtime refuses.
+    """
+    path = Path(folder)
+    if not (path / RECORD).is_file() or not (path / GRAPH).is_file():
+        raise ModelError(f"{path} is not a qcompile artifact")
+    return open_session(path / GRAPH)
+
+
+def complete(
+    folder: Path,
+    model: TracedModel,
+    target: Target,
+    report: Report,
+    plan: PrecisionPlan,
+    config: CompileConfig,
+    feed: Batch,
+    reference: Path,
+) -> None:
+    """Write everything but the graph: assets, check sample, report, and the record of it all.
+
+    Args:
+        folder: holds the graph already.
+        feed: a held-back feed, for the check sample.
+        reference: path of the float graph, whose output the sample records.
+    """
+    for asset in model.assets:
+        if not (folder / asset.name).exists():
+            shutil.copyfile(asset, folder / asset.name)
+    _write_sample(folder, model.kind, feed, reference)
+    report.bytes_float = _weight_bytes(model.ir)
+    report.bytes = sum(p.stat().st_size for p in folder.glob(f"{GRAPH}*"))
+    (folder / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    record = {
+        "format": FORMAT,
+        "versions": _versions(),
+        "target": report.target,
+        "probed": target.probe(),
+        "scheme": report.scheme,
+        "kind": model.kind,
+        "config": config.model_dump(mode="json"),
+        "session_options": {},
+        "plan": plan.to_dict(),
+        "sha256": {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
+    }
+    text = json.dumps(record, indent=1)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``qcompile.json`` of an artifact.
+
+    Raises:
+        ModelError: missing, damaged, or written by a later format.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{folder} is not a qcompile artifact: no {RECORD}") from error
+    except ValueError as error:
+        raise ModelError(f"{folder / RECORD} is damaged") from error
+    if not isinstance(record, dict) or "format" not in record:
+        raise ModelError(f"{folder / RECORD} is damaged")
+    if record["format"] != FORMAT:
+        raise ModelError(
+            f"{folder} has artifact format {record['format']}, this qcompile reads {FORMAT}"
+        )
+    wanted = {"target": str, "scheme": str, "kind": str, "plan": dict, "config": dict}
+    if not all(isinstance(record.get(k), t) for k, t in {**wanted, "sha256": dict}.items()):
+        raise ModelError(f"{folder / RECORD} is damaged")
+    return record
+
+
+def damaged_files(folder: Path, record: dict[str, Any]) -> list[str]:
+    """Files of the record that are missing or changed."""
+    return [
+        name
+        for name, digest in record["sha256"].items()
+        if not (folder / name).is_file() or _sha256(folder / name) != digest
+    ]
+
+
+def _write_sample(folder: Path, kind: Kind, feed: Batch, reference: Path) -> None:
+    """Keep one short feed, the float model's output and how far the compiled one is from it."""
+    expected_session, session = open_session(reference), open_session(folder / GRAPH)
+    sample = {name: value[:1] for name, value in feed.items()}
+    expected = run_first_output(expected_session, sample)
+    if "input_ids" in sample and expected.nbytes > _SAMPLE_OUTPUT_BYTES:
+        length = sample["input_ids"].shape[1]
+        kept = max(8, length * _SAMPLE_OUTPUT_BYTES // expected.nbytes)
+        sample = {n: v[:, :kept] if v.shape[1:] == (length,) else v for n, v in sample.items()}
+        expected = run_first_output(expected_session, sample)
+    accuracy = Accuracy(kind)
+    accuracy.add(sample, expected, run_first_output(session, sample))
+    arrays = {f"input.{name}": value for name, value in sample.items()}
+    arrays |= {f"figure.{k}": np.array(v) for k, v in accuracy.result().items()}
+    np.savez_compressed(folder / SAMPLE, **arrays, reference=expected)  # type: ignore[arg-type]
+
+
+def read_sample(folder: Path) -> tuple[Batch, np.ndarray, dict[str, float]]:
+    """(feed, float output, figures measured at compile time).
+
+    Raises:
+        ModelError: the artifact has no readable sample.
+    """
+    try:
+        # Opened here: np.load leaves a file that it cannot read open.
+        with (folder / SAMPLE).open("rb") as file, np.load(file) as data:
+            feed = {k.removeprefix("input."): data[k] for k in data if k.startswith("input.")}
+            figures = {
+                k.removeprefix("figure."): float(data[k]) for k in data if k.startswith("figure.")
+            }
+            return feed, data["reference"], figures
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ModelError(f"{folder / SAMPLE} cannot be read") from error
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("qcompile", "onnxruntime", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

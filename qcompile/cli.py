@@ -1,0 +1,250 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from qcompile.errors import QcompileError
+
+_INTERRUPTED = 130
+
+
+class _CompileByDefault(click.Group):
+    """``qcompile MODEL`` is ``qcompile compile MODEL``: a first word that is no command."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = ["compile", *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Options may stand before MODEL; those of the group itself are --help and --version.
+        if args and args[0].startswith("-") and args[0] not in ("--help", "--version"):
+            args = ["compile", *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage("qcompile", "MODEL [OPTIONS]  |  COMMAND [ARGS]")
+
+
+@click.group(cls=_CompileByDefault, context_settings={"help_option_names": ["--help"]})
+@click.version_option(package_name="qcompile")
+def cli() -> None:
+    """Compile a model to a quantised, verified ONNX graph.
+
+    MODEL is a Hugging Face folder or hub id, an .onnx file, or path/file.py:factory.
+    `qcompile compile --help` lists the options.
+    """
+
+
+@cli.command("compile", short_help="Compile MODEL (the default command).")
+@click.argument("model")
+@click.option("--target", default="ort-cpu", show_default=True, help="See `qcompile targets`.")
+@click.option("--scheme", default="w8a8", show_default=True, help="See `qcompile schemes`.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to write.  [default: MODEL-target-scheme]",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(),
+    help="Text (.txt, .jsonl) or inputs by name (.npz, or a folder of them).",
+)
+@click.option("--samples", type=int, default=64, show_default=True, help="Calibration samples.")
+@click.option("--seq-len", type=int, default=256, show_default=True, help="Tokens per sample.")
+@click.option(
+    "--smooth",
+    default="auto",
+    show_default=True,
+    help="SmoothQuant: auto (α searched per site), off, or α in [0, 1].",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["static", "dynamic", "token"]),
+    default="static",
+    show_default=True,
+    help="The paper's O3, O2, O1.",
+)
+@click.option(
+    "--ranges",
+    type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
+    default="minmax",
+    show_default=True,
+    help="How a static range is drawn from what calibration saw.",
+)
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="YAML: module-path glob -> overrides."
+)
+@click.option("--task", help="Task of the model, as optimum names it.  [default: inferred]")
+@click.option("--opset", type=int, default=23, show_default=True, help="ONNX opset.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For generated data.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model folder.")
+@click.option(
+    "--strict/--no-strict",
+    default=True,
+    help="Fail where verification does not hold, or only report it.  [default: strict]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+def compile_command(
+    model: str,
+    target: str,
+    scheme: str,
+    output: Path | None,
+    calibration: str | None,
+    recipe: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    smooth: str,
+    **options: Any,
+) -> None:
+    """Compile MODEL: a Hugging Face folder or hub id, an .onnx file, or path/file.py:factory."""
+    from qcompile.config import Recipe, make_config, parse_smooth
+    from qcompile.schemes import get_scheme
+    from qcompile.staging import check_output
+    from qcompile.targets import get_target
+
+    config = make_config(
+        smooth=parse_smooth(smooth),
+        recipe=Recipe.read(recipe) if recipe else Recipe(),
+        **options,
+    )
+    # What can be known to be wrong without the model is said before torch is imported.
+    get_target(target)
+    get_scheme(scheme)
+    from qcompile import default_output
+
+    folder = output or default_output(model, target, scheme)
+    check_output(folder, overwrite=overwrite)
+
+    from qcompile.pipeline import compile_model
+    from qcompile.progress import Phases
+    from qcompile.summary import print_summary
+
+    console = Console(stderr=True)
+    artifact = compile_model(
+        model,
+        target=target,
+        scheme=scheme,
+        calibration=calibration,
+        config=config,
+        output=folder,
+        overwrite=overwrite,
+        phases=Phases(console if console.is_terminal and not quiet else None),
+    )
+    for warning in artifact.report.warnings:
+        console.print(f"[yellow]warning:[/] {_plain(warning)}", highlight=False, soft_wrap=True)
+    if as_json:
+        click.echo(json.dumps({"path": str(artifact.path), **artifact.report.summary()}, indent=1))
+    elif not quiet:
+        print_summary(artifact, _stdout())
+
+
+@cli.command("targets", short_help="List targets and what they can run.")
+def targets_command() -> None:
+    """List targets, their variants and their capability tables."""
+    from qcompile.summary import targets_table
+    from qcompile.targets import available
+
+    _stdout().print(targets_table(available()))
+
+
+@cli.command("schemes", short_help="List schemes.")
+def schemes_command() -> None:
+    """List quantisation schemes."""
+    from qcompile.schemes import SCHEMES
+
+    for scheme in SCHEMES.values():
+        click.echo(f"{scheme.name:8} {scheme.summary}")
+
+
+@cli.command("inspect", short_help="Show an artifact's plan per op.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
+def inspect_command(folder: Path, as_json: bool) -> None:
+    """Show, for each op of the artifact FOLDER, its precision, kernel, error and reason."""
+    from qcompile.report import Report
+    from qcompile.summary import print_ops
+
+    report = Report.read(folder)
+    if as_json:
+        click.echo(report.model_dump_json(indent=1))
+    else:
+        print_ops(report, _stdout())
+
+
+@cli.command("check", short_help="Verify an artifact again, on this machine.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def check_command(folder: Path, as_json: bool) -> None:
+    """Verify the artifact FOLDER on this machine: files, kernels, saturation, accuracy."""
+    from qcompile.check import check_artifact
+
+    findings = check_artifact(folder)
+    if as_json:
+        click.echo(json.dumps(findings, indent=1))
+        return
+    click.echo(f"{folder}: sound on this machine")
+    for name, value in findings.items():
+        click.echo(f"  {name}: {value}")
+
+
+def main() -> None:
+    """Entry point: one line for every deliberate error, and the exit status."""
+    _quiet_libraries()
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except QcompileError as error:
+        _fail(str(error), 1)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; nothing was written", _INTERRUPTED)
+    except BrokenPipeError:
+        # `qcompile inspect DIR | head`: the reader has gone, and that is no error.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}", 1)
+    except MemoryError:
+        _fail("out of memory", 1)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(status)
+
+
+def _quiet_libraries() -> None:
+    """Deprecation notes of libraries are for us, who run the tests with warnings as errors."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _stdout() -> Console:
+    """Tables folded to the terminal; into a pipe or a file, wide enough to search in."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")

@@ -1,0 +1,183 @@
+"""The compiler on one page: every phase, in order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass
+
+from qcompile import artifact, frontend
+from qcompile.calibration.data import CalibrationData, check_calibration_path, load_calibration
+from qcompile.calibration.generate import generate_calibration
+from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
+from qcompile.calibration.stats import Stats
+from qcompile.config import CompileConfig
+from qcompile.errors import VerificationError
+from qcompile.linears import find_sites
+from qcompile.passes.attention_3d import AttentionTo3D
+from qcompile.passes.canonical_linear import CanonicalLinear
+from qcompile.passes.fuse_attention import FuseAttention
+from qcompile.passes.fuse_gelu import FuseGelu
+from qcompile.passes.fuse_layer_norm import FuseLayerNorm
+from qcompile.passes.fuse_rms_norm import FuseRmsNorm
+from qcompile.passes.quantize import Quantize
+from qcompile.passes.smooth_quant import SmoothQuant
+from qcompile.planning import choose_quantized, float_plan, plan_precision
+from qcompile.precision import PrecisionPlan
+from qcompile.progress import Phases, Step
+from qcompile.report import Report
+from qcompile.reporting import make_report
+from qcompile.schemes import Scheme, get_scheme
+from qcompile.session import open_session
+from qcompile.smoothing import SmoothingPlan, plan_smoothing
+from qcompile.spill import spill
+from qcompile.staging import staged
+from qcompile.targets import Target, get_target
+from qcompile.traced import TracedModel
+from qcompile.verify import measure_sqnr, verify
+
+CANONICALIZE: tuple[type[ir.passes.InPlacePass], ...] = (
+    NameFixPass,
+    FuseLayerNorm,
+    FuseRmsNorm,
+    FuseGelu,
+    FuseAttention,
+    AttentionTo3D,
+    CanonicalLinear,
+)
+"""The few standard forms that every later phase matches. A new pass is one more line here."""
+
+Calibration: TypeAlias = str | Path | Iterable[str] | Iterable[Mapping[str, Any]] | None
+
+
+def compile_model(
+    source: frontend.Source,
+    *,
+    target: str,
+    scheme: str,
+    calibration: Calibration,
+    config: CompileConfig,
+    output: Path,
+    overwrite: bool = False,
+    phases: Phases | None = None,
+) -> artifact.Artifact:
+    """Compile `source` into the folder `output`. See `qcompile.compile` for the arguments.
+
+    Raises:
+        QcompileError: anything that cannot be done; nothing is left at `output` then.
+    """
+    chosen_target, chosen_scheme = get_target(target), get_scheme(scheme)
+    if isinstance(calibration, str | Path):
+        check_calibration_path(Path(calibration))
+    with staged(output, overwrite=overwrite) as (folder, work):
+        report = _compile(
+            source, chosen_target, target, chosen_scheme, calibration, config, folder, work,
+            phases or Phases(),
+        )  # fmt: skip
+    return artifact.Artifact(path=output, report=report)
+
+
+def _compile(
+    source: frontend.Source,
+    target: Target,
+    target_spec: str,
+    scheme: Scheme,
+    calibration: Calibration,
+    config: CompileConfig,
+    folder: Path,
+    work: Path,
+    phases: Phases,
+) -> Report:
+    with phases.phase("trace"):
+        model = frontend.load(source, config, work)
+        traced_path = work / "traced.onnx"
+        run(model.ir, [pass_() for pass_ in CANONICALIZE])
+        model.ir = spill(model.ir, work, "canonical")
+
+    with phases.phase("data") as step:
+        data = _calibration_data(calibration, model, config, scheme, work, step)
+
+    graph = model.ir.clone()
+    smoothing, stats = SmoothingPlan(), dict[str, Stats]()
+    plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}")
+    if scheme.quantizes:
+        sites = find_sites(graph.graph)
+        chosen = choose_quantized(sites, config, target)
+        with phases.phase("calibrate") as step:
+            stride = HISTOGRAM_STRIDE if config.ranges == "minmax" else 1
+            stats = calibrate(
+                graph, sites, data.calibration, work, histogram_stride=stride, progress=step
+            )
+        with phases.phase("smooth"):
+            smoothing = plan_smoothing(sites, stats, config, chosen)
+            run(graph, [SmoothQuant(smoothing)])
+        with phases.phase("quantize") as step:
+            after = {name: seen.scaled(smoothing.scale_of(name)) for name, seen in stats.items()}
+            plan = plan_precision(
+                find_sites(graph.graph), after, chosen, config, target, progress=step
+            )
+    smoothed = graph.clone()
+    run(graph, [Quantize(plan)])
+
+    with phases.phase("lower"):
+        reference = model.ir.clone()
+        run(reference, target.lower(PrecisionPlan()))
+        reference_path = work / "float.onnx"
+        ir.save(reference, reference_path)
+        run(graph, target.lower(plan))
+        path = target.emit(graph, folder)
+
+    with phases.phase("verify") as step:
+        findings = verify(
+            reference_path if scheme.quantizes else traced_path,
+            path,
+            plan,
+            target,
+            model.kind,
+            data.held_back,
+            progress=step,
+        )
+        if findings.problems and config.strict:
+            raise VerificationError(
+                "; ".join(findings.problems), hint="--no-strict writes the artifact all the same"
+            )
+        sqnr = measure_sqnr(smoothed, path, plan, data.held_back[0], work)
+
+    report = make_report(
+        model, target_spec, scheme, data, smoothing, stats, plan, findings, sqnr, phases
+    )
+    artifact.complete(
+        folder, model, target, report, plan, config, data.held_back[0], reference_path
+    )
+    return report
+
+
+def _calibration_data(
+    given: Calibration,
+    model: TracedModel,
+    config: CompileConfig,
+    scheme: Scheme,
+    work: Path,
+    step: Step,
+) -> CalibrationData:
+    """What the user gave, or what can be generated; fp32 needs a few inputs to verify on."""
+    if given is not None:
+        return load_calibration(given, model, config)
+    session = open_session(work / "canonical.onnx")
+    if not scheme.quantizes:
+        # Random inputs do to compare two float graphs; a model's own text is slow to write.
+        model = dataclasses.replace(model, kind="other")
+        config = config.model_copy(update={"samples": 4})
+    return generate_calibration(model, session, config, progress=step)
+
+
+def run(model: ir.Model, passes_: Sequence[ir.passes.PassBase]) -> bool:
+    """Run passes in place, in order; True if any changed the graph."""
+    modified = False
+    for pass_ in passes_:
+        modified |= pass_(model).modified
+    return modified

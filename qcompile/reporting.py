@@ -1,0 +1,106 @@
+"""Fill the report from what the phases decided and found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from qcompile.calibration.data import CalibrationData
+from qcompile.calibration.stats import Stats, Summary
+from qcompile.precision import OpPlan, PrecisionPlan
+from qcompile.progress import Phases
+from qcompile.report import OpRow, Report, SiteRow, SummaryRow
+from qcompile.schemes import Scheme
+from qcompile.smoothing import SmoothingPlan
+from qcompile.traced import TracedModel
+from qcompile.verify import Verification
+from qcompile.weights import violations
+
+
+def make_report(
+    model: TracedModel,
+    target: str,
+    scheme: Scheme,
+    data: CalibrationData,
+    smoothing: SmoothingPlan,
+    stats: Mapping[str, Stats],
+    plan: PrecisionPlan,
+    findings: Verification,
+    sqnr: Mapping[str, float],
+    phases: Phases,
+) -> Report:
+    """The report of one compilation; sizes are filled in when the artifact is complete."""
+    warnings = list(data.warnings) if scheme.quantizes else []
+    speed = findings.speed[0].ratio if findings.speed else 1.0
+    if scheme.quantizes and speed < 1.0:
+        warnings.append(
+            f"the compiled model is slower than float on this machine ({speed:.2f} of its speed)"
+        )
+    return Report(
+        model=model.name,
+        task=model.task,
+        target=target,
+        scheme=scheme.name,
+        calibration=data.origin,
+        samples=data.samples,
+        held_back=sum(len(next(iter(batch.values()))) for batch in data.held_back),
+        warnings=warnings + findings.problems,
+        refusals=[
+            f"{entry.site}: {entry.reason}"
+            for entry in smoothing.entries
+            if entry.reason.startswith("refused")
+        ],
+        accuracy=findings.accuracy,
+        speed=findings.speed,
+        kernels=findings.kernels.counts,
+        sites=[_site_row(name, smoothing, seen, plan) for name, seen in stats.items()],
+        ops=[_op_row(op, plan, findings, sqnr) for op in plan.ops],
+        seconds=dict(phases.seconds),
+    )
+
+
+def _site_row(name: str, smoothing: SmoothingPlan, stats: Stats, plan: PrecisionPlan) -> SiteRow:
+    entry = smoothing.of(name)
+    assert entry is not None
+    site = plan.site(name)
+    return SiteRow(
+        name=name,
+        before=_summary(stats.summary()),
+        after=_summary(stats.scaled(entry.scale).summary()),
+        smoothing=entry.reason,
+        alpha=entry.alpha,
+        activations=site.activation.mode if site else None,
+        scale=site.activation.scale if site else None,
+        zero_point=site.activation.zero_point if site else None,
+    )
+
+
+def _op_row(
+    op: OpPlan, plan: PrecisionPlan, findings: Verification, sqnr: Mapping[str, float]
+) -> OpRow:
+    return OpRow(
+        name=op.name,
+        precision=op.precision,
+        reason=op.reason,
+        shape=(op.in_features, op.out_features),
+        kernel=findings.kernels.by_name.get(op.name),
+        sqnr_db=sqnr.get(op.name),
+        saturation_safe=_saturation(op, plan),
+    )
+
+
+def _saturation(op: OpPlan, plan: PrecisionPlan) -> str | None:
+    """What inputs the 16-bit sums of a kernel without VNNI are exact for."""
+    site = plan.site(op.site)
+    if op.weight is None or site is None:
+        return None
+    if violations(op.weight.codes, np.full(op.in_features, 255)) == 0:
+        return "always"
+    if violations(op.weight.codes, site.activation.highest) == 0:
+        return "calibrated range"
+    return "no"
+
+
+def _summary(summary: Summary) -> SummaryRow:
+    return SummaryRow(absmax=summary.absmax, std=summary.std, kurtosis=summary.kurtosis)

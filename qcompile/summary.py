@@ -1,0 +1,107 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qcompile.artifact import Artifact
+from qcompile.report import Report
+from qcompile.targets import Target
+
+_FIGURES = {
+    "kl": ("mean KL to float", "{:.5f} nats per row"),
+    "top1_agreement": ("top-1 agreement", "{:.2%}"),
+    "perplexity_float": ("perplexity, float", "{:.4g}"),
+    "perplexity": ("perplexity", "{:.4g}"),
+    "cosine": ("cosine similarity, mean", "{:.5f}"),
+    "cosine_min": ("cosine similarity, worst", "{:.5f}"),
+    "sqnr_db": ("SQNR of the output", "{:.1f} dB"),
+}
+
+
+def print_summary(artifact: Artifact, console: Console) -> None:
+    """What was made, how large, how close to float, how fast."""
+    report = artifact.report
+    table = Table(title=f"{escape(report.model)} → {escape(str(artifact.path))}", show_header=False)
+    table.add_row("target, scheme", f"{report.target}, {report.scheme}")
+    ratio = report.bytes / report.bytes_float if report.bytes_float else 1.0
+    table.add_row("size", f"{_megabytes(report.bytes)} ({ratio:.0%} of float)")
+    precisions = ", ".join(f"{n} {name}" for name, n in report.ops_by_precision.items() if n)
+    table.add_row("Linears by precision", precisions or "none")
+    for name, value in report.accuracy.items():
+        label, form = _FIGURES.get(name, (name, "{:.4g}"))
+        table.add_row(label, form.format(value))
+    for speed in report.speed:
+        table.add_row(
+            f"speed at {speed.batch}×{speed.sequence}", f"{speed.ratio:.2f}× float, same process"
+        )
+    table.add_row(
+        "measured on", f"{report.held_back} held-back samples ({escape(report.calibration)})"
+    )
+    console.print(table)
+    if report.refusals:
+        console.print(
+            f"{len(report.refusals)} sites could not be smoothed; "
+            f"`qcompile inspect {escape(str(artifact.path))}` says why."
+        )
+
+
+def print_ops(report: Report, console: Console) -> None:
+    """The plan, an op a row, then the activations, a site a row."""
+    ops = Table(title=f"{escape(report.model)}: {report.target}, {report.scheme}")
+    for column in ("module", "K×N", "precision", "kernel", "SQNR", "16-bit safe", "reason"):
+        ops.add_column(column, overflow="fold")
+    for op in report.ops:
+        ops.add_row(
+            escape(op.name),
+            f"{op.shape[0]}×{op.shape[1]}",
+            op.precision,
+            op.kernel or "fused away",
+            f"{op.sqnr_db:.1f} dB" if op.sqnr_db is not None else "",
+            op.saturation_safe or "",
+            escape(op.reason),
+        )
+    console.print(ops)
+    if not report.sites:
+        return
+    sites = Table(title="activations, before → after smoothing")
+    for column in ("site", "α", "absmax", "std", "kurtosis", "quantised", "smoothing"):
+        sites.add_column(column, overflow="fold")
+    for site in report.sites:
+        sites.add_row(
+            escape(site.name),
+            "" if site.alpha is None else f"{site.alpha:g}",
+            f"{site.before.absmax:.3g} → {site.after.absmax:.3g}",
+            f"{site.before.std:.3g} → {site.after.std:.3g}",
+            f"{site.before.kurtosis:.3g} → {site.after.kurtosis:.3g}",
+            site.activations or "no",
+            escape(site.smoothing),
+        )
+    console.print(sites)
+
+
+def targets_table(targets: Mapping[str, type[Target]]) -> Table:
+    """Every target and its capability table."""
+    table = Table()
+    for column in ("target", "op", "activations", "weights", "kernel", "note"):
+        table.add_column(column, overflow="fold")
+    for name, target in targets.items():
+        variants = f"\n({name}:{'|'.join(target.variants)})" if target.variants else ""
+        for at, row in enumerate(target.capabilities):
+            table.add_row(
+                f"{name}{variants}\n{target.summary}" if at == 0 else "",
+                row.op,
+                row.activations,
+                row.weights,
+                row.kernel,
+                row.note,
+            )
+    return table
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,177 @@
+"""Verification, a part of compiling: what runs, how far from float it is, how fast."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from qcompile.kernels import Kernels, expected_kernels, read_back
+from qcompile.metrics import Accuracy, sqnr_db
+from qcompile.precision import PrecisionPlan
+from qcompile.report import Speed
+from qcompile.session import open_session, run_first_output
+from qcompile.targets.base import Target
+from qcompile.timing import speed_ratio
+from qcompile.traced import Batch, Kind
+
+OUTPUT_BYTES_AT_ONCE = 32 << 20
+"""Outputs are compared in slices of the batch, so that logits of a large vocabulary fit."""
+
+RUINED = {"kl": 1.0, "cosine": 0.9}
+"""Beyond these (KL above, cosine below) a compiled model is taken for broken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What was found."""
+
+    kernels: Kernels
+    accuracy: dict[str, float]
+    speed: list[Speed]
+    problems: list[str]
+
+
+def verify(
+    float_path: Path,
+    compiled_path: Path,
+    plan: PrecisionPlan,
+    target: Target,
+    kind: Kind,
+    held_back: Sequence[Batch],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Open both graphs, compare kernels with the plan and outputs with each other.
+
+    Args:
+        float_path: the float graph.
+        compiled_path: the graph that will ship.
+        plan: what was promised.
+        target: which kernel each promise means.
+        kind: which accuracy measure applies.
+        held_back: feeds that calibration did not see.
+        progress: called with (batches done, batches in all).
+
+    Returns:
+        The findings; `problems` lists, in full sentences, what does not hold.
+    """
+    kernels = read_back(compiled_path, float_path.parent)
+    problems = [
+        f"{m.name} is planned for {m.expected} but ONNX Runtime runs {m.found}"
+        for m in kernels.mismatches(expected_kernels(plan, target))
+    ]
+    reference, compiled = open_session(float_path), open_session(compiled_path)
+    accuracy = Accuracy(kind)
+    for done, batch in enumerate(held_back):
+        compare(reference, compiled, batch, accuracy)
+        if progress:
+            progress(done + 1, len(held_back))
+    figures = accuracy.result()
+    problems += accuracy_problems(accuracy, figures)
+    speed = [_speed(reference, compiled, held_back[0])]
+    return Verification(kernels, figures, speed, problems)
+
+
+def compare(
+    reference: ort.InferenceSession, compiled: ort.InferenceSession, batch: Batch, into: Accuracy
+) -> None:
+    """Run both sessions on `batch`, in slices, and add the comparison of the first output."""
+    samples = len(next(iter(batch.values())))
+    step = samples
+    start = 0
+    while start < samples:
+        if start == 0 and samples > 1:
+            # One sample tells how large the outputs are.
+            step = 1
+        part = {key: value[start : start + step] for key, value in batch.items()}
+        expected = run_first_output(reference, part)
+        into.add(part, expected, run_first_output(compiled, part))
+        start += step
+        step = max(1, OUTPUT_BYTES_AT_ONCE // max(1, expected.nbytes // len(expected)))
+
+
+def accuracy_problems(accuracy: Accuracy, figures: dict[str, float]) -> list[str]:
+    """What is wrong with the figures, in sentences."""
+    if not accuracy.finite:
+        return ["the compiled model's outputs are NaN or infinite"]
+    problems = []
+    if figures.get("kl", 0.0) > RUINED["kl"]:
+        problems.append(
+            f"the compiled model is ruined: KL {figures['kl']:.3g} nats to the float model"
+        )
+    if figures.get("cosine", 1.0) < RUINED["cosine"]:
+        problems.append(
+            f"the compiled model is ruined: cosine {figures['cosine']:.3g} to the float model"
+        )
+    return problems
+
+
+def measure_sqnr(
+    float_model: ir.Model, compiled_path: Path, plan: PrecisionPlan, feed: Batch, work: Path
+) -> dict[str, float]:
+    """SQNR in dB of each planned op's output, compiled against float, on one sample.
+
+    Args:
+        float_model: the float graph, smoothed as the compiled one is.
+        compiled_path: the lowered graph. An op whose output a fusion removed is left out.
+        plan: names the ops and their outputs.
+        feed: one feed, cut to its first sample.
+        work: the folder that holds the float graph's external data.
+    """
+    if not plan.quantized:
+        return {}
+    compiled = ir.load(compiled_path)
+    one = {key: value[:1] for key, value in feed.items()}
+    present = _value_names(float_model) & _value_names(compiled)
+    shared = {op.name: op.output for op in plan.ops if op.output in present}
+    result: dict[str, float] = {}
+    ops = list(shared)
+    # A few ops at a time: their outputs leave the session.
+    for start in range(0, len(ops), 16):
+        part = ops[start : start + 16]
+        outputs = [shared[op] for op in part]
+        pair = [
+            _run_exposed(float_model, outputs, one, work),
+            _run_exposed(compiled, outputs, one, compiled_path.parent),
+        ]
+        for op, reference, actual in zip(part, *pair, strict=True):
+            noise = np.square(reference - actual, dtype=np.float64).sum()
+            signal = np.square(reference, dtype=np.float64).sum()
+            result[op] = sqnr_db(float(signal), float(noise))
+    return result
+
+
+def _value_names(model: ir.Model) -> set[str]:
+    return {str(v.name) for node in model.graph for v in node.outputs}
+
+
+def _run_exposed(model: ir.Model, names: list[str], feed: Batch, folder: Path) -> list[np.ndarray]:
+    clone = model.clone()
+    values = ir.convenience.create_value_mapping(clone.graph)
+    clone.graph.outputs.clear()
+    for name in names:
+        values[name].dtype = ir.DataType.FLOAT
+        clone.graph.outputs.append(values[name])
+    RemoveUnusedNodesPass()(clone)
+    path = folder / "exposed.onnx"
+    ir.save(clone, path)
+    session = open_session(path)
+    path.unlink()
+    wanted = {i.name for i in session.get_inputs()}
+    results: list[np.ndarray] = session.run(names, {k: v for k, v in feed.items() if k in wanted})
+    return results
+
+
+def _speed(reference: ort.InferenceSession, compiled: ort.InferenceSession, batch: Batch) -> Speed:
+    feed = {key: value[:1] for key, value in batch.items()}
+    ratio, rounds = speed_ratio(reference, compiled, feed)
+    shape = next(iter(feed.values())).shape
+    return Speed(
+        batch=shape[0], sequence=shape[1] if len(shape) > 1 else 1, ratio=ratio, rounds=rounds
+    )
