@@ -1,0 +1,250 @@
+"""What the command line refuses: one line, an exit status, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from qcompile.traced import Batch
+from tests.cli_runner import RunCli
+
+
+@pytest.fixture
+def model(tiny_opt: Path, tmp_path: Path) -> Path:
+    """A copy of the example, to be damaged."""
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_opt, copy)
+    return copy
+
+
+# What is wrong with the model.
+
+
+@pytest.mark.parametrize("name", ["absent", "./absent", "/absent/model", "a/b/c", "absent.onnx"])
+def test_a_model_that_does_not_exist(run_cli: RunCli, name: str) -> None:
+    assert "does not exist" in run_cli(name).error
+
+
+def test_a_factory_that_does_not_exist(run_cli: RunCli, tmp_path: Path) -> None:
+    assert "does not exist" in run_cli("absent.py:make").error
+    (tmp_path / "file.py").write_text("")
+    assert "has no function 'make'" in run_cli(f"{tmp_path / 'file.py'}:make").error
+
+
+@pytest.mark.parametrize("suffix", ["", ".onnx", ".py:make"])
+def test_a_name_longer_than_any_file_has(run_cli: RunCli, suffix: str) -> None:
+    # As with a folder that may not be entered, the system does not say that it is absent.
+    assert run_cli("x" * 300 + suffix, "-o", "out").error
+
+
+def test_a_folder_without_a_config(run_cli: RunCli, model: Path) -> None:
+    (model / "config.json").unlink()
+    assert "has no config.json" in run_cli(model).error
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"model_type": "x"}'])
+def test_a_corrupt_config(run_cli: RunCli, model: Path, content: bytes) -> None:
+    (model / "config.json").write_bytes(content)
+    assert str(model) in run_cli(model).error
+
+
+@pytest.mark.parametrize("keep", [0, 7, 1000, -1000])
+def test_truncated_weights(run_cli: RunCli, model: Path, keep: int) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert "cannot be loaded" in run_cli(model).error
+
+
+def test_missing_weights(run_cli: RunCli, model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    assert "cannot be loaded" in run_cli(model).error
+
+
+def test_weights_of_another_size(run_cli: RunCli, model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "ffn_dim": config["ffn_dim"] * 2}))
+    assert str(model) in run_cli(model).error
+
+
+def test_a_corrupt_tokenizer(run_cli: RunCli, model: Path) -> None:
+    (model / "tokenizer.json").write_text("{")
+    assert "cannot be loaded" in run_cli(model).error
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite(run_cli: RunCli, model: Path, value: float) -> None:
+    weights = safetensors.torch.load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.2.fc1.weight"))
+    weights[name][3, 5] = value
+    safetensors.torch.save_file(weights, model / "model.safetensors", {"format": "pt"})
+    error = run_cli(model).error
+    assert "layers.2.fc1.weight holds NaN or Inf" in error
+
+
+def test_a_task_that_the_model_was_not_made_for(run_cli: RunCli, model: Path) -> None:
+    error = run_cli(model, "--task", "text-classification").error
+    assert "has no usable weights for score.weight" in error
+    assert "right task" in error
+
+
+@pytest.mark.parametrize("task", ["nonsense", "image-classification"])
+def test_a_task_that_does_not_exist(run_cli: RunCli, model: Path, task: str) -> None:
+    error = run_cli(model, "--task", task).error
+    assert f"task {task!r}" in error
+    assert "text-generation" in error
+
+
+def test_custom_code_is_not_run(run_cli: RunCli, model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    error = run_cli(model).error
+    assert "auto_map" in error
+    assert "--trust-remote-code" in error
+    assert not (tmp_path / "ran").exists()
+
+
+# What is wrong with the options.
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--target", "ort-tpu"], "unknown target 'ort-tpu' (one of ort-cpu"),
+        (["--target", ""], "unknown target ''"),
+        (["--target", "ort-cpu:z80"], "has no variant 'z80' (one of avx2"),
+        (["--scheme", "w3a3"], "unknown scheme 'w3a3' (one of fp32, w8a8)"),
+        (["--smooth", "on"], "smooth: 'on'"),
+        (["--smooth", "2"], "smooth"),
+        (["--samples", "0"], "samples"),
+        (["--seq-len", "1"], "seq_len"),
+        (["--opset", "12"], "opset"),
+        (["--seed", "-1"], "seed"),
+        (["--recipe", "absent.yaml"], "recipe absent.yaml cannot be read"),
+    ],
+)
+def test_a_bad_option(run_cli: RunCli, tiny_opt: Path, words: list[str], said: str) -> None:
+    assert said in run_cli(tiny_opt, *words).error
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--activations", "never"],
+        ["--ranges", "max"],
+        ["--samples", "many"],
+        ["--no-such-option"],
+        ["--target"],
+        ["second-model"],
+    ],
+)
+def test_a_word_that_the_parser_refuses(run_cli: RunCli, tiny_opt: Path, words: list[str]) -> None:
+    outcome = run_cli(tiny_opt, *words)
+    assert outcome.status == 2
+    lines = outcome.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+
+
+def test_an_output_that_exists(run_cli: RunCli, tiny_opt: Path, tmp_path: Path) -> None:
+    output = tmp_path / "here" / "tiny-opt-ort-cpu-w8a8"
+    output.mkdir()
+    assert "tiny-opt-ort-cpu-w8a8 exists (pass --overwrite" in run_cli(tiny_opt).error
+    (output / "thesis.txt").write_text("years of work")
+    error = run_cli(tiny_opt, "-o", output, "--overwrite").error
+    assert "is not a qcompile artifact, and is not replaced" in error
+
+
+def test_an_output_that_cannot_be_written(run_cli: RunCli, tiny_opt: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot write below" in run_cli(tiny_opt, "-o", tmp_path / "file" / "out").error
+    assert run_cli(tiny_opt, "-o", tmp_path / ("x" * 300)).error
+
+
+def test_a_sequence_longer_than_the_positions(
+    run_cli: RunCli, tiny_onnx: Path, tiny_opt: Path
+) -> None:
+    error = run_cli(
+        tiny_onnx, "--seq-len", 513, "--calibration", tiny_opt / "calibration.txt"
+    ).error
+    assert "513 tokens is longer than the 512" in error
+    assert "--seq-len 512" in error
+    assert "longer than the 512" in run_cli(tiny_onnx, "--seq-len", 4000).error
+
+
+def test_a_recipe_that_matches_nothing(
+    run_cli: RunCli, tiny_onnx: Path, tiny_opt: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text('"*.fc1": float\n"*.fc7": float\n')
+    data = ("--calibration", tiny_opt / "calibration.txt", "--samples", 4, "--seq-len", 32)
+    error = run_cli(tiny_onnx, *data, "--recipe", tmp_path / "recipe.yaml").error
+    assert "recipe rule '*.fc7' matches no module" in error
+
+
+# What is wrong with the calibration data.
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("absent.txt", None, "does not exist"),
+        ("empty.txt", b"", "is empty"),
+        ("blank.txt", b" \n\n", "only white space"),
+        ("latin.txt", b"caf\xe9", "is not UTF-8"),
+        ("bad.jsonl", b'{"text": "a"}\n{', "line 2"),
+        ("keys.jsonl", b'{"body": "a"}', "holds no text"),
+        ("text.csv", b"a,b", "unknown kind"),
+        ("bad.npz", b"PK", "is not a readable .npz"),
+        ("x" * 300 + ".txt", None, ""),
+    ],
+)
+def test_a_calibration_file_that_cannot_be_used(
+    run_cli: RunCli, tiny_onnx: Path, tmp_path: Path, name: str, content: bytes | None, said: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    error = run_cli(tiny_onnx, "--calibration", path).error
+    assert said in error
+    assert name in error
+
+
+IDS = np.ones((2, 8), np.int64)
+GOOD: Batch = {
+    "input_ids": IDS,
+    "attention_mask": IDS,
+    "position_ids": np.broadcast_to(np.arange(8), (2, 8)),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ids": IDS}, "expected attention_mask, input_ids, position_ids; found"),
+        ({"input_ids": None}, "does not hold the graph's inputs"),
+        ({"input_ids": IDS[0]}, "has shape [8]"),
+        ({"attention_mask": IDS[:, :5]}, "has shape [2, 5]"),
+        ({"input_ids": IDS.astype(np.float32)}, "is float32, where the graph takes int64"),
+        ({name: array[:0] for name, array in GOOD.items()}, "holds no samples"),
+    ],
+)
+def test_arrays_that_do_not_fit_the_graph(
+    run_cli: RunCli,
+    tiny_onnx: Path,
+    tmp_path: Path,
+    change: dict[str, np.ndarray | None],
+    said: str,
+) -> None:
+    path = tmp_path / "feeds.npz"
+    arrays = {name: array for name, array in (GOOD | change).items() if array is not None}
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    error = run_cli(tiny_onnx, "--calibration", path).error
+    assert said in error
+    assert "feeds.npz" in error
