@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qcompile.metrics import Accuracy
-from qcompile.session import run_first_output
+from qcompile.session import run_outputs
 
 Feed = dict[str, np.ndarray]
 
@@ -40,7 +40,7 @@ def accuracy(
     """KL, top-1 agreement and perplexity of a language model against its float graph."""
     figures = Accuracy("text-generation")
     for feed in feeds:
-        figures.add(feed, run_first_output(reference, feed), run_first_output(compiled, feed))
+        figures.add_all(feed, run_outputs(reference, feed), run_outputs(compiled, feed))
     return figures.result()
 
 

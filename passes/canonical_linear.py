@@ -68,7 +68,7 @@ def _split_gemm(graph: ir.Graph, node: ir.Node) -> bool:
         else:
             weight = tape.op("Transpose", [weight], {"perm": [1, 0]})
     result = tape.op("MatMul", [x, weight])
-    result.shape, result.dtype = node.outputs[0].shape, ir.DataType.FLOAT
+    result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
     if bias is not None:
         result = tape.op("Add", [result, bias])
     for made in tape.nodes:

@@ -178,7 +178,12 @@ def _shapes_fit(
         # A mask that is wider than the scores would broadcast them.
         whole = [None] * (4 - len(mask)) + mask
         pairs += [(a, b) for a, b in zip(whole[:2], q[:2], strict=True) if a != 1]
-    return all(a == b or not (isinstance(a, int) and isinstance(b, int)) for a, b in pairs)
+    return not any(_broadcasts(a, b) or _broadcasts(b, a) for a, b in pairs)
+
+
+def _broadcasts(a: object, b: object) -> bool:
+    """Whether two dimensions differ, or may: 1 beside one that has another name or none."""
+    return a != b and isinstance(a, int) and (isinstance(b, int) or a == 1)
 
 
 def _put(

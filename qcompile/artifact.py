@@ -20,7 +20,7 @@ from qcompile.errors import ModelError
 from qcompile.metrics import Accuracy
 from qcompile.precision import PrecisionPlan
 from qcompile.report import Report
-from qcompile.session import open_session, run_first_output
+from qcompile.session import first_sample, open_session, run_outputs
 from qcompile.targets.base import Target
 from qcompile.traced import Batch, Kind, TracedModel
 
@@ -90,6 +90,7 @@ def complete(
         "config": config.model_dump(mode="json"),
         "session_options": {},
         "plan": plan.to_dict(),
+        "kernels": {op.name: target.kernels_for(op, plan) for op in plan.quantized},
         "sha256": {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
     }
     text = json.dumps(record, indent=1)
@@ -114,7 +115,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder} has artifact format {record['format']}, this qcompile reads {FORMAT}"
         )
-    wanted = {"target": str, "scheme": str, "kind": str, "plan": dict, "config": dict}
+    wanted = {"target": str, "scheme": str, "kind": str, "plan": dict, "kernels": dict}
     if not all(isinstance(record.get(k), t) for k, t in {**wanted, "sha256": dict}.items()):
         raise ModelError(f"{folder / RECORD} is damaged")
     return record
@@ -131,23 +132,31 @@ def damaged_files(folder: Path, record: dict[str, Any]) -> list[str]:
 
 def _write_sample(folder: Path, kind: Kind, feed: Batch, reference: Path) -> None:
     """Keep one short feed, the float model's output and how far the compiled one is from it."""
-    expected_session, session = open_session(reference), open_session(folder / GRAPH)
-    sample = {name: value[:1] for name, value in feed.items()}
-    expected = run_first_output(expected_session, sample)
-    if "input_ids" in sample and expected.nbytes > _SAMPLE_OUTPUT_BYTES:
-        length = sample["input_ids"].shape[1]
-        kept = max(8, length * _SAMPLE_OUTPUT_BYTES // expected.nbytes)
+    expected_session = open_session(reference)
+    sample = first_sample(expected_session, feed)
+    expected = run_outputs(expected_session, sample)
+    size = sum(output.nbytes for output in expected.values())
+    length = _free_length(expected_session, sample)
+    if length is not None and size > _SAMPLE_OUTPUT_BYTES:
+        kept = max(8, length * _SAMPLE_OUTPUT_BYTES // size)
         sample = {n: v[:, :kept] if v.shape[1:] == (length,) else v for n, v in sample.items()}
-        expected = run_first_output(expected_session, sample)
+        expected = run_outputs(expected_session, sample)
     accuracy = Accuracy(kind)
-    accuracy.add(sample, expected, run_first_output(session, sample))
+    accuracy.add_all(sample, expected, run_outputs(open_session(folder / GRAPH), sample))
     arrays = {f"input.{name}": value for name, value in sample.items()}
     arrays |= {f"figure.{k}": np.array(v) for k, v in accuracy.result().items()}
-    np.savez_compressed(folder / SAMPLE, **arrays, reference=expected)  # type: ignore[arg-type]
+    arrays |= {f"output.{name}": value for name, value in expected.items()}
+    np.savez_compressed(folder / SAMPLE, **arrays)  # type: ignore[arg-type]
 
 
-def read_sample(folder: Path) -> tuple[Batch, np.ndarray, dict[str, float]]:
-    """(feed, float output, figures measured at compile time).
+def _free_length(session: ort.InferenceSession, sample: Batch) -> int | None:
+    """Tokens in `sample`, where the graph takes sequences of any length."""
+    free = all(len(i.shape) == 2 and not isinstance(i.shape[1], int) for i in session.get_inputs())
+    return sample["input_ids"].shape[1] if free and "input_ids" in sample else None
+
+
+def read_sample(folder: Path) -> tuple[Batch, Batch, dict[str, float]]:
+    """(feed, float outputs, figures measured at compile time).
 
     Raises:
         ModelError: the artifact has no readable sample.
@@ -159,7 +168,10 @@ def read_sample(folder: Path) -> tuple[Batch, np.ndarray, dict[str, float]]:
             figures = {
                 k.removeprefix("figure."): float(data[k]) for k in data if k.startswith("figure.")
             }
-            return feed, data["reference"], figures
+            outputs = {k.removeprefix("output."): data[k] for k in data if k.startswith("output.")}
+            if not outputs:
+                raise KeyError("output")
+            return feed, outputs, figures
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ModelError(f"{folder / SAMPLE} cannot be read") from error
 

@@ -10,7 +10,7 @@ from qcompile.errors import VerificationError
 from qcompile.kernels import read_back
 from qcompile.metrics import Accuracy
 from qcompile.report import Report
-from qcompile.session import open_session, run_first_output
+from qcompile.session import open_session, run_outputs
 from qcompile.targets import get_target
 from qcompile.verify import accuracy_problems
 
@@ -35,11 +35,9 @@ def check_artifact(folder: Path) -> dict[str, Any]:
     if problems:
         raise VerificationError(f"{folder}: " + "; ".join(problems))
     kernels = read_back(folder / GRAPH)
-    planned = {op.name: op.kernel for op in report.ops if op.precision == "int8"}
+    planned: dict[str, tuple[str, ...]] = record["kernels"]
     problems += [
-        f"{name} runs as {kernels.by_name.get(name)}, not {kernel}"
-        for name, kernel in planned.items()
-        if kernels.by_name.get(name) != kernel
+        f"{m.name} runs as {m.found}, not {m.expected}" for m in kernels.mismatches(planned)
     ]
     saturates = get_target(report.target.partition(":")[0]).saturates
     unsafe = [op.name for op in report.ops if op.saturation_safe == "no"]
@@ -50,7 +48,7 @@ def check_artifact(folder: Path) -> dict[str, Any]:
         )
     feed, reference, before = read_sample(folder)
     accuracy = Accuracy(record["kind"])
-    accuracy.add(feed, reference, run_first_output(open_session(folder / GRAPH), feed))
+    accuracy.add_all(feed, reference, run_outputs(open_session(folder / GRAPH), feed))
     now = accuracy.result()
     problems += accuracy_problems(accuracy, now)
     problems += _drift(before, now)

@@ -123,6 +123,12 @@ class CompileConfig(_Frozen):
     trust_remote_code: bool = False
     strict: bool = True
 
+    @property
+    def wants_histograms(self) -> bool:
+        """Whether a range is drawn from a histogram anywhere."""
+        asked = {self.ranges, *(rule.ranges for _, rule in self.recipe.rules)}
+        return bool(asked - {"minmax", None})
+
 
 def make_config(**fields: Any) -> CompileConfig:
     """`CompileConfig(**fields)`, with pydantic's report turned into one sentence.
@@ -154,4 +160,5 @@ def first_problem(error: pydantic.ValidationError) -> str:
     """The first problem of a pydantic report as one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else first["msg"]
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message

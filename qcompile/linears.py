@@ -23,7 +23,8 @@ class Linear:
         weight: constant value of shape [K, N], or [N, K] behind a Transpose when `tied`.
         bias: constant of shape [N], or None.
         output: what the rest of the graph reads: the Add's output, or the MatMul's.
-        tied: the weight is used elsewhere too (an embedding), so it must stay as it is.
+        tied: something that is no Linear uses the weight too (an embedding), so it must stay.
+        shared: number of Linears that use this weight, this one included; each gets its own codes.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Linear:
     in_features: int
     out_features: int
     tied: bool
+    shared: int = 1
 
     @property
     def x(self) -> ir.Value:
@@ -129,7 +131,8 @@ def _as_linear(node: ir.Node) -> Linear | None:
         output=output,
         in_features=in_features,
         out_features=out_features,
-        tied=transposed or len(weight.uses()) > 1,
+        tied=transposed or any(use.node.op_type != "MatMul" for use in weight.uses()),
+        shared=len(weight.uses()),
     )
 
 

@@ -6,6 +6,7 @@ Sums are gathered batch by batch, so that no more than one batch of outputs is h
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,14 +39,29 @@ class Accuracy:
     signal: float = 0.0
     noise: float = 0.0
     finite: bool = True
+    reference_finite: bool = True
+
+    def add_all(
+        self, feed: Batch, reference: Mapping[str, Array], actual: Mapping[str, Array]
+    ) -> None:
+        """Compare outputs by name: the first by the measure of the kind, the others by cosine."""
+        for at, (name, expected) in enumerate(reference.items()):
+            if at == 0:
+                self.add(feed, expected, actual[name])
+            else:
+                expected, found = _as_numbers(expected), _as_numbers(actual[name])
+                self.finite = self.finite and bool(np.isfinite(found).all())
+                rows = len(expected)
+                self._add_vectors(expected.reshape(rows, -1), found.reshape(rows, -1))
 
     def add(self, feed: Batch, reference: Array, actual: Array) -> None:
         """Compare one batch of outputs, of equal shapes [batch, ...]."""
         reference, actual = _as_numbers(reference), _as_numbers(actual)
         self.finite = self.finite and bool(np.isfinite(actual).all())
+        self.reference_finite = self.reference_finite and bool(np.isfinite(reference).all())
         difference = reference - actual
-        self.signal += float(np.square(reference).sum(dtype=np.float64))
-        self.noise += float(np.square(difference).sum(dtype=np.float64))
+        self.signal += float(np.square(reference, dtype=np.float64).sum())
+        self.noise += float(np.square(difference, dtype=np.float64).sum())
         if self.kind in ("text-generation", "text-classification"):
             self._add_logits(feed, reference, actual)
         elif self.kind == "feature-extraction" and reference.ndim == 3:

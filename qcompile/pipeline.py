@@ -26,7 +26,7 @@ from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_rms_norm import FuseRmsNorm
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
-from qcompile.planning import choose_quantized, float_plan, plan_precision
+from qcompile.planning import choose_quantized, float_plan, plan_precision, require_any
 from qcompile.precision import PrecisionPlan
 from qcompile.progress import Phases, Step
 from qcompile.report import Report
@@ -107,8 +107,9 @@ def _compile(
     if scheme.quantizes:
         sites = find_sites(graph.graph)
         chosen = choose_quantized(sites, config, target)
+        require_any(chosen, graph)
         with phases.phase("calibrate") as step:
-            stride = HISTOGRAM_STRIDE if config.ranges == "minmax" else 1
+            stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
             stats = calibrate(
                 graph, sites, data.calibration, work, histogram_stride=stride, progress=step
             )
@@ -133,7 +134,8 @@ def _compile(
 
     with phases.phase("verify") as step:
         findings = verify(
-            reference_path if scheme.quantizes else traced_path,
+            traced_path,
+            reference_path,
             path,
             plan,
             target,
@@ -148,11 +150,9 @@ def _compile(
         sqnr = measure_sqnr(smoothed, path, plan, data.held_back[0], work)
 
     report = make_report(
-        model, target_spec, scheme, data, smoothing, stats, plan, findings, sqnr, phases
+        model, target, target_spec, scheme, data, smoothing, stats, plan, findings, sqnr, phases
     )
-    artifact.complete(
-        folder, model, target, report, plan, config, data.held_back[0], reference_path
-    )
+    artifact.complete(folder, model, target, report, plan, config, data.held_back[0], traced_path)
     return report
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from qcompile.calibration.ranges import static_range
 from qcompile.calibration.stats import Stats
 from qcompile.config import Activations, CompileConfig
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, ModelError
 from qcompile.linears import Linear, Site
 from qcompile.precision import (
     ActivationQuant,
@@ -47,13 +49,33 @@ def choose_quantized(sites: list[Site], config: CompileConfig, target: Target) -
     for site in sites:
         for linear in site.linears:
             chosen[linear.name] = _choose(linear, config, target)
-        modes = {_mode(linear, config) for linear in site.linears if chosen[linear.name].quantize}
-        if len(modes) > 1:
-            raise ConfigError(
-                f"the recipe gives {site.name} different activation modes, "
-                "but they read one quantised activation"
-            )
+        rules = [config.recipe.rule_for(n.name) for n in site.linears if chosen[n.name].quantize]
+        for field in ("activations", "smooth", "ranges"):
+            if len({getattr(rule, field) for rule in rules}) > 1:
+                raise ConfigError(
+                    f"the recipe gives {site.name} different {field}, "
+                    "but they read one quantised activation",
+                    hint="let the glob match them all",
+                )
     return chosen
+
+
+def require_any(chosen: Mapping[str, Choice], graph: ir.Model) -> None:
+    """Refuse to call a model quantised in which nothing is.
+
+    Raises:
+        ModelError: no Linear was chosen; says what the graph has instead.
+    """
+    if any(choice.quantize for choice in chosen.values()):
+        return
+    if chosen:
+        name, choice = next(iter(chosen.items()))
+        detail = f"{len(chosen)} Linears stay in float, {name} because: {choice.reason}"
+    else:
+        counts = Counter(node.op_type for node in graph.graph.all_nodes())
+        ops = ", ".join(f"{counts[k]} {k}" for k in ("Conv", "MatMul", "Gemm") if counts[k])
+        detail = f"no float32 Linear with a constant weight was found ({ops or 'no such op'})"
+    raise ModelError(f"nothing can be quantised: {detail}", hint="--scheme fp32 compiles it as is")
 
 
 def plan_precision(
@@ -152,6 +174,8 @@ def _choose(linear: Linear, config: CompileConfig, target: Target) -> Choice:
     if linear.tied:
         # INT8 would store it a second time, and it is where an error is least forgiven.
         return Choice(False, "the weight is shared with the embedding; a recipe can quantise it")
+    if linear.shared > 1:
+        return Choice(True, f"scheme w8a8; {linear.shared} ops share the weight, int8 for each")
     return Choice(True, "scheme w8a8")
 
 

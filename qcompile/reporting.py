@@ -13,6 +13,7 @@ from qcompile.progress import Phases
 from qcompile.report import OpRow, Report, SiteRow, SummaryRow
 from qcompile.schemes import Scheme
 from qcompile.smoothing import SmoothingPlan
+from qcompile.targets.base import Target
 from qcompile.traced import TracedModel
 from qcompile.verify import Verification
 from qcompile.weights import violations
@@ -20,7 +21,8 @@ from qcompile.weights import violations
 
 def make_report(
     model: TracedModel,
-    target: str,
+    target: Target,
+    target_spec: str,
     scheme: Scheme,
     data: CalibrationData,
     smoothing: SmoothingPlan,
@@ -32,15 +34,17 @@ def make_report(
 ) -> Report:
     """The report of one compilation; sizes are filled in when the artifact is complete."""
     warnings = list(data.warnings) if scheme.quantizes else []
+    if target.caveat:
+        warnings.append(target.caveat)
     speed = findings.speed[0].ratio if findings.speed else 1.0
-    if scheme.quantizes and speed < 1.0:
+    if scheme.quantizes and speed < 0.95:
         warnings.append(
             f"the compiled model is slower than float on this machine ({speed:.2f} of its speed)"
         )
     return Report(
         model=model.name,
         task=model.task,
-        target=target,
+        target=target_spec,
         scheme=scheme.name,
         calibration=data.origin,
         samples=data.samples,

@@ -11,17 +11,18 @@ import onnxruntime as ort
 
 from qcompile.errors import ModelError, VerificationError
 
+_MEASURED = ("logits", "last_hidden_state")
+
 
 def open_session(
-    path: Path, *, optimised_to: Path | None = None, threads: int = 0, profile: Path | None = None
+    path: Path, *, optimised_to: Path | None = None, exact: bool = False
 ) -> ort.InferenceSession:
     """A CPU session on the file `path`, under default options but for quiet logs.
 
     Args:
         path: an ONNX file; external data is found beside it.
         optimised_to: where ONNX Runtime writes the graph it really runs.
-        threads: intra-op threads; 0 leaves the default.
-        profile: prefix of a profile file to write.
+        exact: integer kernels that do not saturate, whatever the CPU; slower.
 
     Raises:
         ModelError: ONNX Runtime refuses the graph.
@@ -34,11 +35,8 @@ def open_session(
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{optimised_to.name}.data"
         )
-    if threads:
-        options.intra_op_num_threads = threads
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
+    if exact:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own, unexported types
@@ -48,19 +46,41 @@ def open_session(
         ) from error
 
 
-def run_first_output(session: ort.InferenceSession, feed: Mapping[str, Any]) -> np.ndarray:
-    """The first output on `feed`; names that the session does not take are left out.
+def run_outputs(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The floating-point outputs on `feed` by name, the one that accuracy is measured on first.
+
+    Names in `feed` that the session does not take are left out.
 
     Raises:
-        VerificationError: the graph fails on this input.
+        VerificationError: an input is missing, or the graph fails on this one.
     """
     missing = [i.name for i in session.get_inputs() if i.name not in feed]
     if missing:
         raise VerificationError(f"the graph wants an input {missing[0]!r} that the data lacks")
     wanted = {i.name: feed[i.name] for i in session.get_inputs()}
+    names = [o.name for o in session.get_outputs() if "float" in o.type or "double" in o.type]
+    names = names or [o.name for o in session.get_outputs()]
+    names.sort(key=lambda name: name not in _MEASURED)
     try:
-        result: np.ndarray = session.run([session.get_outputs()[0].name], wanted)[0]
+        return dict(zip(names, session.run(names, wanted), strict=True))
     except Exception as error:  # onnxruntime raises its own, unexported types
         lines = str(error).strip().splitlines()
         raise VerificationError(f"the graph fails on a valid input: {lines[0]}") from error
-    return result
+
+
+def first_sample(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """`feed` cut to its first sample, or whole where the graph does not let it be cut."""
+    if divisible(session, feed) is None:
+        return dict(feed)
+    return {name: value[:1] for name, value in feed.items()}
+
+
+def divisible(session: ort.InferenceSession, feed: Mapping[str, Any]) -> int | None:
+    """Samples in `feed`, if its first axis is a batch that the graph takes in any size."""
+    shapes = {i.name: i.shape for i in session.get_inputs()}
+    lengths = {np.shape(value)[:1] for name, value in feed.items() if name in shapes}
+    if len(lengths) != 1 or lengths == {()}:
+        return None
+    if any(not shape or isinstance(shape[0], int) for shape in shapes.values()):
+        return None
+    return int(lengths.pop()[0])

@@ -25,9 +25,9 @@ PAYS: Final = 0.7
 """A Mul is inserted where it brings the predicted output error to this part or less: it costs one
 more pass over the activation."""
 
-_FLOOR: Final = 1e-2
-"""A channel's maximum counts as at least this part of the tensor's: a channel that calibration
-found almost dead must not get an extreme scale."""
+_FLOOR: Final = 1e-3
+"""max|X_j| · max|W_j| counts as at least this part of its largest: a channel that calibration found
+almost dead must not get an extreme scale."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,16 +181,18 @@ def smoothing_scale(
         alpha: migration strength in [0, 1].
         groups: [channels]; channels of one number share one scale (grouped-query attention).
     """
-    x, w = _share(_floored(activation), groups), _share(_floored(weight), groups)
-    scale = x**alpha / w ** (1.0 - alpha)
+    x, w = _share(activation, groups), _share(weight, groups)
+    # The same as x^α / w^(1−α), but the floor is on the product: it does not change when a channel
+    # is scaled up in one and down in the other, which is what an outlier channel is.
+    product = x * w
+    product = np.maximum(product, _FLOOR * product.max() if product.max() > 0 else 1.0)
+    unread = w <= 1e-6 * w.max()
+    scale = product**alpha / np.where(unread, 1.0, w)
+    if not unread.all():
+        scale[unread] = np.median(scale[~unread])
     scale = scale / np.exp(np.log(scale).mean())
     result: Array = np.clip(scale, 1e-4, 1e4)
     return result
-
-
-def _floored(values: Array) -> Array:
-    largest = float(values.max())
-    return np.maximum(values, _FLOOR * largest if largest > 0 else 1.0)
 
 
 def _share(values: Array, groups: npt.NDArray[np.int64]) -> Array:

@@ -11,11 +11,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qcompile.equivalence import float_problems
 from qcompile.kernels import Kernels, expected_kernels, read_back
 from qcompile.metrics import Accuracy, sqnr_db
 from qcompile.precision import PrecisionPlan
 from qcompile.report import Speed
-from qcompile.session import open_session, run_first_output
+from qcompile.session import divisible, first_sample, open_session, run_outputs
 from qcompile.targets.base import Target
 from qcompile.timing import speed_ratio
 from qcompile.traced import Batch, Kind
@@ -38,6 +39,7 @@ class Verification:
 
 
 def verify(
+    traced_path: Path,
     float_path: Path,
     compiled_path: Path,
     plan: PrecisionPlan,
@@ -47,10 +49,11 @@ def verify(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Open both graphs, compare kernels with the plan and outputs with each other.
+    """Open the graphs, compare kernels with the plan and outputs with each other.
 
     Args:
-        float_path: the float graph.
+        traced_path: the float graph as it was traced or read: what accuracy is measured against.
+        float_path: the rewritten float graph: what speed is measured against.
         compiled_path: the graph that will ship.
         plan: what was promised.
         target: which kernel each promise means.
@@ -66,39 +69,44 @@ def verify(
         f"{m.name} is planned for {m.expected} but ONNX Runtime runs {m.found}"
         for m in kernels.mismatches(expected_kernels(plan, target))
     ]
-    reference, compiled = open_session(float_path), open_session(compiled_path)
+    problems += float_problems(traced_path, float_path, held_back[0])
+    reference = open_session(traced_path)
+    compiled = open_session(compiled_path, exact=not target.saturates)
     accuracy = Accuracy(kind)
     for done, batch in enumerate(held_back):
         compare(reference, compiled, batch, accuracy)
         if progress:
             progress(done + 1, len(held_back))
+    del reference, compiled
     figures = accuracy.result()
     problems += accuracy_problems(accuracy, figures)
-    speed = [_speed(reference, compiled, held_back[0])]
+    speed = [_speed(open_session(float_path), open_session(compiled_path), held_back[0])]
     return Verification(kernels, figures, speed, problems)
 
 
 def compare(
     reference: ort.InferenceSession, compiled: ort.InferenceSession, batch: Batch, into: Accuracy
 ) -> None:
-    """Run both sessions on `batch`, in slices, and add the comparison of the first output."""
-    samples = len(next(iter(batch.values())))
-    step = samples
-    start = 0
+    """Run both sessions on `batch`, in slices where it can be cut, and add the comparison."""
+    samples = divisible(reference, batch)
+    if samples is None:
+        into.add_all(batch, run_outputs(reference, batch), run_outputs(compiled, batch))
+        return
+    start, step = 0, 1  # one sample tells how large the outputs are
     while start < samples:
-        if start == 0 and samples > 1:
-            # One sample tells how large the outputs are.
-            step = 1
         part = {key: value[start : start + step] for key, value in batch.items()}
-        expected = run_first_output(reference, part)
-        into.add(part, expected, run_first_output(compiled, part))
+        expected = run_outputs(reference, part)
+        into.add_all(part, expected, run_outputs(compiled, part))
         start += step
-        step = max(1, OUTPUT_BYTES_AT_ONCE // max(1, expected.nbytes // len(expected)))
+        size = sum(output.nbytes for output in expected.values())
+        step = max(1, OUTPUT_BYTES_AT_ONCE // max(1, size // step))
 
 
 def accuracy_problems(accuracy: Accuracy, figures: dict[str, float]) -> list[str]:
     """What is wrong with the figures, in sentences."""
-    if not accuracy.finite:
+    if not accuracy.reference_finite:
+        return ["the float model's own outputs are NaN or infinite on the held-back data"]
+    if not accuracy.finite or not all(np.isfinite(list(figures.values()))):
         return ["the compiled model's outputs are NaN or infinite"]
     problems = []
     if figures.get("kl", 0.0) > RUINED["kl"]:
@@ -127,7 +135,7 @@ def measure_sqnr(
     if not plan.quantized:
         return {}
     compiled = ir.load(compiled_path)
-    one = {key: value[:1] for key, value in feed.items()}
+    one = first_sample(open_session(compiled_path), feed)
     present = _value_names(float_model) & _value_names(compiled)
     shared = {op.name: op.output for op in plan.ops if op.output in present}
     result: dict[str, float] = {}
@@ -169,9 +177,8 @@ def _run_exposed(model: ir.Model, names: list[str], feed: Batch, folder: Path) -
 
 
 def _speed(reference: ort.InferenceSession, compiled: ort.InferenceSession, batch: Batch) -> Speed:
-    feed = {key: value[:1] for key, value in batch.items()}
+    feed = first_sample(reference, batch)
     ratio, rounds = speed_ratio(reference, compiled, feed)
     shape = next(iter(feed.values())).shape
-    return Speed(
-        batch=shape[0], sequence=shape[1] if len(shape) > 1 else 1, ratio=ratio, rounds=rounds
-    )
+    dims = (*shape, 1, 1)
+    return Speed(batch=dims[0], sequence=dims[1], ratio=ratio, rounds=rounds)

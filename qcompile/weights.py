@@ -28,6 +28,7 @@ _SHRINK: Final = 0.80
 _STEPS: Final = 20
 _BLOCK: Final = 256
 _DAMPING: Final = 0.01
+_HUGE: Final = 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Neighbours:
     @classmethod
     def of(cls, gram: Array) -> Neighbours:
         """From a Gram matrix in blocks, as `qcompile.calibration.stats.Stats` holds it."""
+        gram = np.nan_to_num(gram, posinf=_HUGE, neginf=-_HUGE)
         diagonal = np.einsum("bkk->bk", gram)
         damping = _DAMPING * diagonal.mean(axis=1) + 1e-12 * max(float(diagonal.max()), 1e-30)
         damped = gram + damping[:, None, None] * np.eye(gram.shape[1])

@@ -54,6 +54,11 @@ class Target(abc.ABC):
     def saturates(self) -> bool:
         """Whether the u8·s8 kernel adds two products in 16 bits, so that weights must be safe."""
 
+    @property
+    def caveat(self) -> str | None:
+        """What figures measured here do not say about the machine that is compiled for."""
+        return None
+
     @abc.abstractmethod
     def probe(self) -> dict[str, Any]:
         """What was found out about the machine and the runtime, for the artifact's record."""

@@ -62,6 +62,17 @@ class OrtCpu(Target):
     def saturates(self) -> bool:
         return self.variant == "avx2" if self.variant else host_saturates()
 
+    @property
+    def caveat(self) -> str | None:
+        arm = platform.machine().lower() in ("aarch64", "arm64")
+        foreign = bool(self.variant) and (self.variant == "arm64") != arm
+        if foreign or (self.variant == "vnni" and host_saturates()):
+            return (
+                f"speed was measured on this machine, which is not {self.name}:{self.variant}; "
+                "run `qcompile check` there"
+            )
+        return None
+
     def probe(self) -> dict[str, Any]:
         return {
             "variant": self.variant or "host",

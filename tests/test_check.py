@@ -131,37 +131,34 @@ def test_another_format_is_refused(artifact_copy: Path) -> None:
 def test_a_kernel_that_is_not_the_planned_one_is_named(artifact_copy: Path) -> None:
     names: list[str] = []
 
-    def edit(report: dict[str, Any]) -> None:
-        op = next(op for op in report["ops"] if op["precision"] == "int8")
-        op["kernel"] = "com.microsoft.DynamicQuantizeMatMul"
-        names.append(op["name"])
-
-    edit_report(artifact_copy, edit)
+    record = json.loads((artifact_copy / RECORD).read_text())
+    names.append(next(iter(record["kernels"])))
+    record["kernels"][names[0]] = ["com.microsoft.DynamicQuantizeMatMul"]
+    (artifact_copy / RECORD).write_text(json.dumps(record))
     message = refused(artifact_copy)
     assert f"{names[0]} runs as com.microsoft.MatMulIntegerToFloat" in message
     assert "not com.microsoft.DynamicQuantizeMatMul" in message
 
 
 def test_an_op_that_is_gone_is_named(artifact_copy: Path) -> None:
-    def edit(report: dict[str, Any]) -> None:
-        next(op for op in report["ops"] if op["precision"] == "int8")["name"] = "lost.fc1"
-
-    edit_report(artifact_copy, edit)
+    record = json.loads((artifact_copy / RECORD).read_text())
+    record["kernels"]["lost.fc1"] = ["com.microsoft.MatMulIntegerToFloat"]
+    (artifact_copy / RECORD).write_text(json.dumps(record))
     assert "lost.fc1" in refused(artifact_copy)
 
 
 def test_accuracy_that_was_lost_is_told(artifact_copy: Path) -> None:
     with np.load(artifact_copy / SAMPLE) as data:
-        reference = data["reference"]
+        reference = data["output.logits"]
     other = reference + np.random.default_rng(0).normal(0.0, 1.0, reference.shape)
-    edit_sample(artifact_copy, reference=other.astype(np.float32))
+    edit_sample(artifact_copy, output__logits=other.astype(np.float32))
     assert "KL to float was" in refused(artifact_copy)
 
 
 def test_outputs_that_are_ruined_are_told(artifact_copy: Path) -> None:
     with np.load(artifact_copy / SAMPLE) as data:
-        reference = data["reference"]
-    edit_sample(artifact_copy, reference=-10.0 * reference)
+        reference = data["output.logits"]
+    edit_sample(artifact_copy, output__logits=-10.0 * reference)
     assert "ruined" in refused(artifact_copy)
 
 

@@ -129,10 +129,11 @@ def test_tied_weights() -> None:
     found = {linear.name: linear for linear in find_linears(model.graph)}
     assert {name: linear.tied for name, linear in found.items()} == {
         "y": True,
-        "p": True,
-        "q": True,
+        "p": False,
+        "q": False,
         "r": False,
     }
+    assert [found[name].shared for name in "pqr"] == [2, 2, 1]
     assert (found["y"].in_features, found["y"].out_features) == (4, 3)
     assert found["y"].weight.name == "v"
 

@@ -324,11 +324,12 @@ def test_a_tied_consumer() -> None:
     )
 
 
-def test_a_tied_producer() -> None:
+def test_a_producer_that_shares_its_weight_with_another_linear() -> None:
+    """Each of the two gets constants of its own."""
     found = find(
         f"m = MatMul (x, w) h = Relu (m) {Y} z = MatMul (x, w)", "float[B,S,4] y, float[B,S,4] z"
     )
-    assert found == Refusal("the weight of m is shared and cannot be rescaled")
+    assert_producer(found, "linear", "m", FOUR, 4)
 
 
 def test_a_norm_whose_weight_is_computed() -> None:

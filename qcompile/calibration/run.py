@@ -66,7 +66,11 @@ def calibrate(
     inputs = {i.name for i in session.get_inputs()}
     for done, batch in enumerate(batches):
         feed = {k: v for k, v in batch.items() if k in inputs}
-        results = dict(zip(names, session.run(names, feed), strict=True))
+        try:
+            results = dict(zip(names, session.run(names, feed), strict=True))
+        except Exception as error:  # onnxruntime raises its own, unexported types
+            detail = " ".join(str(error).split())
+            raise CalibrationError(f"the model fails on the calibration data: {detail}") from error
         for key, site in enumerate(sites):
             stats = _read(results, key, site)
             before = gathered.get(site.name)

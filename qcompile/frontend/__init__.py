@@ -44,6 +44,8 @@ def load(source: Source, config: CompileConfig, work: Path) -> TracedModel:
         from qcompile.frontend.module import load_factory
 
         return load_factory(text, config, work)
+    if text.endswith(".py"):
+        raise ModelError(f"{text} names no function", hint=f"give {text}:factory")
     if text.endswith(".onnx"):
         from qcompile.frontend.onnx_file import load_onnx
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -100,14 +102,20 @@ def _record_paths(model: ir.Model) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter warns about torchvision, training mode of wrappers and shared axis names."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript")]
+    loggers = [
+        logging.getLogger(n)
+        for n in ("torch", "torch.onnx", "torch.export", "torch.fx", "onnxscript")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            # The exporter prints, and torch's own logs go to stderr: what failed comes as one line.
+            sink = io.StringIO()
+            with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+                yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -70,7 +70,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
     module = _load_weights(source, task, config.trust_remote_code)
     check_finite_weights(module)
     tokenizer = _load_tokenizer(source, config.trust_remote_code)
-    max_length = _max_length(module.config)
+    max_length = _max_length(module)
     example = _example(module, tokenizer, kind, max_length)
     batch = torch.export.Dim("batch", min=1, max=65536)
     sequence = torch.export.Dim("sequence", min=1, max=max_length or 1 << 20)
@@ -91,7 +91,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         kind=kind,
         origin="transformers",
         tokenizer=tokenizer,
-        assets=find_assets(Path(source)) if Path(source).is_dir() else (),
+        assets=find_assets(_assets_folder(source, hf_config, tokenizer, work)),
         max_length=max_length,
         bos_token_id=_token_id(hf_config.bos_token_id),
     )
@@ -124,6 +124,17 @@ class _OneOutput(torch.nn.Module):
             kwargs["use_cache"] = False
         result: torch.Tensor = getattr(self.inner(**kwargs), self.output)
         return result
+
+
+def _assets_folder(source: str, hf_config: Any, tokenizer: Any, work: Path) -> Path:
+    """The model's folder; for a hub id one below `work`, filled from what was loaded."""
+    if Path(source).is_dir():
+        return Path(source)
+    folder = work / "assets"
+    hf_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
 
 
 def find_assets(folder: Path) -> tuple[Path, ...]:
@@ -252,12 +263,20 @@ def _example(
     return example
 
 
-def _max_length(hf_config: Any) -> int | None:
+def _max_length(module: Any) -> int | None:
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
-        value = getattr(hf_config, name, None)
+        value = getattr(module.config, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return value - _reserved_positions(module)
     return None
+
+
+def _reserved_positions(module: Any) -> int:
+    """RoBERTa and its kin count positions from padding_idx + 1, in a table that is no longer."""
+    for name, part in module.named_modules():
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            return int(part.padding_idx) + 1
+    return 0
 
 
 def _token_id(value: Any) -> int | None:

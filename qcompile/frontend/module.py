@@ -52,20 +52,24 @@ def trace_module(
     Raises:
         ModelError: example inputs that are not tensors, NaN weights, a module that does not trace.
     """
-    module = module.eval()
+    training = module.training
+    module.eval()
     example = _named(module, example_inputs)
     check_finite_weights(module)
+    odd = [n for n, p in module.named_parameters() if p.dtype != torch.float32]
+    if odd:
+        raise ModelError(f"parameter {odd[0]} is not float32", hint="call module.float() first")
     outputs = _output_names(module, example)
     graph = export_module(
         module,
         _at_least_two(example),
-        {key: dict.fromkeys(range(t.dim()), torch.export.Dim.AUTO) for key, t in example.items()},
+        {key: _dynamic_axes(tensor) for key, tensor in example.items()},
         outputs,
         opset=config.opset,
         work=work,
     )
+    module.train(training)  # the caller's module is left as it was
     feed = {key: tensor.detach().numpy() for key, tensor in example.items()}
-    del module
     gc.collect()
     return TracedModel(
         ir=graph,

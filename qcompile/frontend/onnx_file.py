@@ -79,8 +79,13 @@ def load_onnx(path: Path, *, task: str | None = None) -> TracedModel:
         tokenizer=tokenizer,
         assets=find_assets(path.parent) if tokenizer is not None else (),
         max_length=_positive(config, "max_position_embeddings", "n_positions", "n_ctx"),
-        bos_token_id=_positive(config, "bos_token_id"),
+        bos_token_id=_token_id(config),
     )
+
+
+def _token_id(config: dict[str, Any]) -> int | None:
+    value = config.get("bos_token_id")
+    return value if isinstance(value, int) and value >= 0 else None
 
 
 def _read(path: Path) -> ir.Model:

@@ -1,0 +1,61 @@
+"""Recognising norms and attention must not change the function: checked on every compilation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from qcompile.session import first_sample, open_session, run_outputs
+from qcompile.traced import Batch
+
+TOLERANCE: Final = 1e-4
+"""Largest difference relative to the largest output: float32 rounding gives some 1e-6."""
+
+
+def float_problems(traced: Path, rewritten: Path, feed: Batch) -> list[str]:
+    """How the rewritten float graph differs from the traced one, in sentences.
+
+    Both run on the first sample of `feed`, and once more with its first quarter masked as left
+    padding where the model takes a mask; outputs at masked positions do not count.
+    """
+    before, after = open_session(traced), open_session(rewritten)
+    sample = first_sample(before, feed)
+    problems = []
+    for label, inputs in (("", sample), (" under padding", _padded(sample))):
+        if inputs is None:
+            continue
+        expected, actual = run_outputs(before, inputs), run_outputs(after, inputs)
+        for name, reference in expected.items():
+            keep = _real(inputs, reference)
+            wanted, got = reference[keep], actual[name][keep]
+            largest = float(np.abs(wanted).max(initial=0.0))
+            difference = float(np.abs(wanted - got).max(initial=0.0))
+            if not difference <= TOLERANCE * max(largest, 1e-6):
+                problems.append(
+                    f"rewriting changed the float model{label}: {name} differs by {difference:.3g} "
+                    f"of {largest:.3g}; this is a bug in qcompile"
+                )
+    return problems
+
+
+def _padded(feed: Batch) -> Batch | None:
+    mask = feed.get("attention_mask")
+    if mask is None or "input_ids" not in feed or mask.shape != feed["input_ids"].shape:
+        return None
+    if mask.shape[1] < 4:
+        return None
+    padded = {**feed, "attention_mask": mask.copy()}
+    padded["attention_mask"][:, : mask.shape[1] // 4] = 0
+    if "position_ids" in feed:
+        positions = np.cumsum(padded["attention_mask"], axis=1) - 1
+        padded["position_ids"] = np.maximum(positions, 0).astype(feed["position_ids"].dtype)
+    return padded
+
+
+def _real(feed: Batch, output: np.ndarray) -> np.ndarray:
+    mask = feed.get("attention_mask")
+    if mask is not None and output.ndim >= 2 and output.shape[:2] == mask.shape:
+        return np.asarray(mask, bool)
+    return np.ones(output.shape, bool)
