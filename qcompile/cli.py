@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -238,6 +239,8 @@ def _quiet_libraries() -> None:
     """Deprecation notes of libraries are for us, who run the tests with warnings as errors."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    # It tells of each intermediate value whose type the exporter left out.
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
