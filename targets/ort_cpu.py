@@ -68,8 +68,8 @@ class OrtCpu(Target):
         foreign = bool(self.variant) and (self.variant == "arm64") != arm
         if foreign or (self.variant == "vnni" and host_saturates()):
             return (
-                f"speed was measured on this machine, which is not {self.name}:{self.variant}; "
-                "run `qcompile check` there"
+                f"speed was measured on this machine, which is not {self.name}:{self.variant}, and "
+                "accuracy with kernels that do not saturate; run `qcompile check` there"
             )
         return None
 
