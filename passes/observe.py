@@ -103,10 +103,24 @@ class Observe(ir.passes.InPlacePass):
             return tape.op("Slice", [rows, start, end, axis, step])
 
         some = every("histogram", self.histogram_stride)
-        emit("histogram", _count(tape, some, channels, constant), (channels * BINS,))
+        bins = _bin_of(tape, some, channels, constant)
+        ones = tape.op(
+            "Expand", [constant("one", np.array(1.0, np.float32)), tape.op("Shape", [bins])]
+        )
+        zeros = self._zeros(graph, channels * BINS)
+        counts = tape.op("ScatterElements", [zeros, bins, ones], {"reduction": "add"})
+        emit("histogram", counts, (channels * BINS,))
         blocks = -(-channels // GRAM_BLOCK)
         gram = _block_gram(tape, every("gram", self.gram_stride), channels, constant)
         emit("gram", gram, (blocks, GRAM_BLOCK, GRAM_BLOCK))
+
+    @staticmethod
+    def _zeros(graph: ir.Graph, size: int) -> ir.Value:
+        """One for all sites of a width: a graph's histograms are as large as its weights."""
+        name = f"{_PREFIX}.zeros.{size}"
+        if name not in graph.initializers:
+            ir.tape.Tape(graph).initializer(ir.tensor(np.zeros(size, np.float32)), name=name)
+        return graph.initializers[name]
 
 
 def _width(value: ir.Value) -> int:
@@ -131,13 +145,13 @@ def _block_gram(
     return tape.op("MatMul", [left, tape.op("Transpose", [split], {"perm": [1, 0, 2]})])
 
 
-def _count(
+def _bin_of(
     tape: ir.tape.Tape,
     rows: ir.Value,
     channels: int,
     constant: Callable[[str, np.ndarray], ir.Value],
 ) -> ir.Value:
-    """Counts per (channel, bin), by scatter-add of ones."""
+    """The (channel, bin) that each value of `rows` falls into, as flat indices."""
     tiny = constant("tiny", np.array(2.0**LOW, np.float32))
     # NaN has no bin; the sums tell of it.
     nothing = constant("nothing", np.array(0.0, np.float32))
@@ -148,13 +162,10 @@ def _count(
     per_octave = constant("steps", np.array(STEPS / np.log(2.0), np.float32))
     position = tape.op("Floor", [tape.op("Mul", [tape.op("Log", [scaled]), per_octave])])
     last = constant("last", np.array(BINS_PER_SIGN - 1, np.float32))
-    one = constant("one", np.array(1.0, np.float32))
-    step = tape.op("Add", [tape.op("Min", [position, last]), one])
+    first = constant("first_bin", np.array(1.0, np.float32))
+    step = tape.op("Add", [tape.op("Min", [position, last]), first])
     outside_zero = tape.op("Cast", [tape.op("Greater", [magnitude, tiny])], {"to": 1})
     signed = tape.op("Mul", [tape.op("Mul", [step, outside_zero]), tape.op("Sign", [rows])])
     offsets = np.arange(channels, dtype=np.int64) * BINS + BINS_PER_SIGN
     index = tape.op("Add", [tape.op("Cast", [signed], {"to": 7}), constant("offsets", offsets)])
-    flat = tape.op("Reshape", [index, constant("flat", np.array([-1], np.int64))])
-    ones = tape.op("Expand", [one, tape.op("Shape", [flat])])
-    zeros = constant("zeros", np.zeros(channels * BINS, np.float32))
-    return tape.op("ScatterElements", [zeros, flat, ones], {"reduction": "add"})
+    return tape.op("Reshape", [index, constant("flat", np.array([-1], np.int64))])

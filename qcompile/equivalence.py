@@ -20,14 +20,19 @@ def float_problems(traced: Path, rewritten: Path, feed: Batch) -> list[str]:
     Both run on the first sample of `feed`, and once more with its first quarter masked as left
     padding where the model takes a mask; outputs at masked positions do not count.
     """
-    before, after = open_session(traced), open_session(rewritten)
+    before = open_session(traced)
     sample = first_sample(before, feed)
+    cases = {"": sample}
+    padded = _padded(sample)
+    if padded is not None:
+        cases[" under padding"] = padded
+    expected = {label: run_outputs(before, inputs) for label, inputs in cases.items()}
+    del before  # two float models in memory at once are not needed
+    after = open_session(rewritten)
     problems = []
-    for label, inputs in (("", sample), (" under padding", _padded(sample))):
-        if inputs is None:
-            continue
-        expected, actual = run_outputs(before, inputs), run_outputs(after, inputs)
-        for name, reference in expected.items():
+    for label, inputs in cases.items():
+        actual = run_outputs(after, inputs)
+        for name, reference in expected[label].items():
             keep = _real(inputs, reference)
             wanted, got = reference[keep], actual[name][keep]
             largest = float(np.abs(wanted).max(initial=0.0))

@@ -15,7 +15,8 @@ import numpy.typing as npt
 from qcompile.traced import Batch, Kind
 
 Array = npt.NDArray[Any]
-_ROWS_AT_ONCE = 256
+_LOGITS_AT_ONCE = 1 << 21
+"""A comparison holds some six float64 arrays of this size."""
 
 
 @dataclasses.dataclass
@@ -77,8 +78,9 @@ class Accuracy:
         flat_reference, flat_actual = reference.reshape(-1, classes), actual.reshape(-1, classes)
         targets = _next_tokens(feed, reference) if self.kind == "text-generation" else None
         keep = _real_rows(feed, reference)
-        for start in range(0, len(flat_reference), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
+        step = max(1, _LOGITS_AT_ONCE // classes)
+        for start in range(0, len(flat_reference), step):
+            rows = slice(start, start + step)
             valid = keep[rows]
             p, q = log_softmax(flat_reference[rows]), log_softmax(flat_actual[rows])
             divergence = (np.exp(p) * (p - q)).sum(-1)

@@ -26,7 +26,7 @@ def make_report(
     scheme: Scheme,
     data: CalibrationData,
     smoothing: SmoothingPlan,
-    stats: Mapping[str, Stats],
+    sites: list[SiteRow],
     plan: PrecisionPlan,
     findings: Verification,
     sqnr: Mapping[str, float],
@@ -58,10 +58,17 @@ def make_report(
         accuracy=findings.accuracy,
         speed=findings.speed,
         kernels=findings.kernels.counts,
-        sites=[_site_row(name, smoothing, seen, plan) for name, seen in stats.items()],
+        sites=sites,
         ops=[_op_row(op, plan, findings, sqnr) for op in plan.ops],
         seconds=dict(phases.seconds),
     )
+
+
+def site_rows(
+    stats: Mapping[str, Stats], smoothing: SmoothingPlan, plan: PrecisionPlan
+) -> list[SiteRow]:
+    """What was seen and decided at every site."""
+    return [_site_row(name, smoothing, seen, plan) for name, seen in stats.items()]
 
 
 def _site_row(name: str, smoothing: SmoothingPlan, stats: Stats, plan: PrecisionPlan) -> SiteRow:

@@ -11,7 +11,11 @@ _EXTERNAL_OVER_BYTES: Final = 1024
 
 
 def spill(model: ir.Model, work: Path, stem: str) -> ir.Model:
-    """Write `model` to ``work/stem.onnx`` and give it back memory-mapped, so that RAM is free."""
+    """Write `model` to ``work/stem.onnx`` and give it back memory-mapped, so that RAM is free.
+
+    The model given has no weights afterwards: its nodes refer to each other in circles, and may
+    stay for long.
+    """
     path = work / f"{stem}.onnx"
     ir.save(
         model,
@@ -20,4 +24,6 @@ def spill(model: ir.Model, work: Path, stem: str) -> ir.Model:
         size_threshold_bytes=_EXTERNAL_OVER_BYTES,
         alignment=4096,
     )
+    for value in model.graph.initializers.values():
+        value.const_value = None
     return ir.load(path)

@@ -22,21 +22,20 @@ _LEVELS: Final = 255
 _LINEAR_BINS: Final = 2048
 
 
-def static_range(stats: Stats, scale: Array, method: RangeMethod) -> tuple[float, float]:
-    """The range [low, high] to quantise x / scale over.
+def static_range(stats: Stats, method: RangeMethod) -> tuple[float, float]:
+    """The range [low, high] to quantise an activation over.
 
     Args:
-        stats: of the unsmoothed activation.
-        scale: smoothing scale, [channels].
+        stats: of the activation, smoothed if it will be.
         method: ``minmax``; ``percentile`` (99.99 % of the values lie inside, half the rest on each
             side); ``entropy`` (least Kullback-Leibler divergence of the clipped and quantised
             histogram, as in TensorRT's calibrator); ``mse`` (least mean squared error).
     """
-    low = min(float((stats.minimum / scale).min()), 0.0)
-    high = max(float((stats.maximum / scale).max()), 0.0)
+    low = min(float(stats.minimum.min()), 0.0)
+    high = max(float(stats.maximum.max()), 0.0)
     if method == "minmax" or high - low <= 0.0:
         return low, high
-    values, counts = stats.weighted_values(scale)
+    values, counts = stats.weighted_values()
     values, counts = values.ravel(), counts.ravel()
     present = counts > 0
     values, counts = np.clip(values[present], low, high), counts[present].astype(np.float64)

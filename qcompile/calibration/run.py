@@ -61,7 +61,7 @@ def calibrate(
     )(observed)
     path = work / "observed.onnx"
     ir.save(observed, path)
-    session = open_session(path)
+    session = open_session(path, planned=False)
     names = [output.name for output in session.get_outputs()]
     inputs = {i.name for i in session.get_inputs()}
     for done, batch in enumerate(batches):
@@ -98,6 +98,6 @@ def _read(results: dict[str, np.ndarray], key: int, site: Site) -> Stats:
         power_sums=np.nan_to_num(
             np.stack([parts[f"sum{i}"] for i in range(1, 5)]), posinf=_HUGE, neginf=-_HUGE
         ),
-        histogram=histogram.astype(np.int64).reshape(-1, BINS),
+        histogram=histogram.astype(np.int32).reshape(-1, BINS),
         gram=results[output_name(key, "gram")].astype(np.float64),
     )

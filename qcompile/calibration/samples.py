@@ -11,7 +11,7 @@ import numpy as np
 
 from qcompile.traced import Batch
 
-_TOKENS_PER_BATCH: Final = 2048
+_TOKENS_PER_BATCH: Final = 1024
 _ROWS_WITHOUT_TOKENS: Final = 32
 
 
@@ -102,7 +102,7 @@ def count(samples: Iterable[Sample]) -> int:
 
 
 def batches(samples: Iterable[Sample]) -> tuple[Batch, ...]:
-    """Samples of equal shape joined, about 2048 tokens a batch, in order of first appearance."""
+    """Samples of equal shape joined, about 1024 tokens a batch, in order of first appearance."""
     groups: dict[object, list[Sample]] = {}
     for at, sample in enumerate(samples):
         key: object = _shapes(sample) if sample.mergeable else at

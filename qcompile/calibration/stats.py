@@ -44,7 +44,7 @@ class Stats:
         count: rows (tokens) seen.
         minimum, maximum: float64 [channels].
         power_sums: float64 [4, channels], the sums of x, x², x³ and x⁴.
-        histogram: int64 [channels, BINS] counts over `bin_centers`, of some or all rows.
+        histogram: int32 [channels, BINS] counts over `bin_centers`, of some or all rows.
         gram: float64 [blocks, GRAM_BLOCK, GRAM_BLOCK], the sum of xᵀx within blocks of channels, of
             some or all rows; the last block is padded with zeros.
     """

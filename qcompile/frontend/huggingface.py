@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
 import logging
@@ -82,8 +81,9 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         opset=config.opset,
         work=work,
     )
-    del module
-    gc.collect()
+    # Not by `del`: torch.export's and onnxscript's caches keep the module.
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = torch.empty(0)
     return TracedModel(
         ir=graph,
         name=Path(source).name if Path(source).exists() else source.rsplit("/", 1)[-1],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from qcompile.passes.observe import PARTS, Observe, output_name
 
@@ -237,3 +238,11 @@ def test_a_value_that_does_not_exist_is_an_error() -> None:
     model = typed(from_text(HEADER + TEXT, w=W))
     with pytest.raises(KeyError, match="nowhere"):
         Observe({0: "nowhere"})(model)
+
+
+def test_sites_of_one_width_share_the_empty_histogram() -> None:
+    text = """g (float[M,3] x) => (float[M,3] z) { y = Relu (x) z = Neg (y) }"""
+    model = from_text(HEADER + text)
+    Observe({0: "x", 1: "y"}, channels={0: 3, 1: 3})(model)
+    large = [v.name for v in model.graph.initializers.values() if v.shape == ir.Shape([3 * BINS])]
+    assert len(large) == 1
