@@ -44,10 +44,16 @@ def accuracy(
     return figures.result()
 
 
-def session(folder: Path, threads: int = 0) -> ort.InferenceSession:
-    """A plain session with default options, the number of threads apart."""
+def session(folder: Path, threads: int = 0, *, spinning: bool = True) -> ort.InferenceSession:
+    """A plain session with default options, the number of threads apart.
+
+    Without `spinning` its threads sleep between runs: those of one session would otherwise hold
+    the cores while another is timed.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return ort.InferenceSession(
         str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
     )

@@ -48,7 +48,7 @@ def main() -> None:
                 config=qcompile.CompileConfig(activations=arguments.activations),
                 output=folder,
             )
-        sessions = [session(folder, arguments.threads) for folder in folders]
+        sessions = [session(folder, arguments.threads, spinning=False) for folder in folders]
         cosines = []
         for feed in feeds_of(tokenizer, texts):
             pooled = [s.run(None, select(s, feed))[0].mean(axis=1)[0] for s in sessions]

@@ -25,9 +25,15 @@ def main() -> None:
     parser.add_argument("--lengths", default="128,512")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument(
+        "--spinning", action="store_true", help="as by default: sessions then slow each other down"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    sessions = [session(folder, arguments.threads) for folder in arguments.folders]
+    sessions = [
+        session(folder, arguments.threads, spinning=arguments.spinning)
+        for folder in arguments.folders
+    ]
     rows: list[dict[str, Any]] = []
     for length in (int(n) for n in arguments.lengths.split(",")):
         ratios = interleaved(sessions, tokens(length), arguments.rounds)

@@ -26,11 +26,12 @@ from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_rms_norm import FuseRmsNorm
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
+from qcompile.passes.untie import Untie
 from qcompile.planning import choose_quantized, float_plan, plan_precision, require_any
 from qcompile.precision import PrecisionPlan
 from qcompile.progress import Phases, Step
 from qcompile.report import Report
-from qcompile.reporting import make_report
+from qcompile.reporting import make_report, site_rows
 from qcompile.schemes import Scheme, get_scheme
 from qcompile.session import open_session
 from qcompile.smoothing import SmoothingPlan, plan_smoothing
@@ -105,9 +106,10 @@ def _compile(
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
     plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}")
     if scheme.quantizes:
-        sites = find_sites(graph.graph)
-        chosen = choose_quantized(sites, config, target)
+        chosen = choose_quantized(find_sites(graph.graph), config, target)
         require_any(chosen, graph)
+        run(graph, [Untie(name for name, choice in chosen.items() if choice.quantize)])
+        sites = find_sites(graph.graph)
         with phases.phase("calibrate") as step:
             stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
             stats = calibrate(
@@ -117,10 +119,11 @@ def _compile(
             smoothing = plan_smoothing(sites, stats, config, chosen)
             run(graph, [SmoothQuant(smoothing)])
         with phases.phase("quantize") as step:
-            after = {name: seen.scaled(smoothing.scale_of(name)) for name, seen in stats.items()}
             plan = plan_precision(
-                find_sites(graph.graph), after, chosen, config, target, progress=step
+                find_sites(graph.graph), stats, smoothing, chosen, config, target, progress=step
             )
+    rows = site_rows(stats, smoothing, plan)
+    stats.clear()
     smoothed = graph.clone()
     run(graph, [Quantize(plan)])
 
@@ -150,7 +153,7 @@ def _compile(
         sqnr = measure_sqnr(smoothed, path, plan, data.held_back[0], work)
 
     report = make_report(
-        model, target, target_spec, scheme, data, smoothing, stats, plan, findings, sqnr, phases
+        model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases
     )
     artifact.complete(folder, model, target, report, plan, config, data.held_back[0], traced_path)
     return report

@@ -23,6 +23,7 @@ from qcompile.precision import (
     SitePlan,
     uint8_affine,
 )
+from qcompile.smoothing import SmoothingPlan
 from qcompile.targets.base import Target
 from qcompile.weights import Neighbours, quantize_weight
 
@@ -81,6 +82,7 @@ def require_any(chosen: Mapping[str, Choice], graph: ir.Model) -> None:
 def plan_precision(
     sites: list[Site],
     stats: Mapping[str, Stats],
+    smoothing: SmoothingPlan,
     chosen: Mapping[str, Choice],
     config: CompileConfig,
     target: Target,
@@ -91,7 +93,8 @@ def plan_precision(
 
     Args:
         sites: of the graph after smoothing.
-        stats: of the same activations after smoothing.
+        stats: of the same activations before smoothing.
+        smoothing: what `sites` were smoothed by.
         chosen: from `choose_quantized`.
         config: `activations`, `ranges` and the recipe.
         target: whether its kernel saturates.
@@ -102,8 +105,9 @@ def plan_precision(
         quantized = [linear for linear in site.linears if chosen[linear.name].quantize]
         activation = neighbours = None
         if quantized:
-            neighbours = Neighbours.of(stats[site.name].gram)
-            activation = _plan_activation(site, quantized[0], stats[site.name], config)
+            seen = stats[site.name].scaled(smoothing.scale_of(site.name))
+            neighbours = Neighbours.of(seen.gram)
+            activation = _plan_activation(site, quantized[0], seen, config)
             names = tuple(linear.name for linear in quantized)
             site_plans.append(SitePlan(site.name, str(site.x.name), activation, names))
         for linear in site.linears:
@@ -113,7 +117,7 @@ def plan_precision(
                 assert activation is not None
                 weight = quantize_weight(
                     weight_of(linear),
-                    stats[site.name].second_moment,
+                    seen.second_moment,
                     activation.highest if target.saturates else None,
                     neighbours,
                 )
@@ -171,9 +175,15 @@ def _choose(linear: Linear, config: CompileConfig, target: Target) -> Choice:
         return Choice(False, f"{target.name} has no kernel for {mode} activations")
     if rule.precision == "w8a8":
         return Choice(True, "recipe")
+    if linear.tied and mode == "token":
+        # The mode chosen for accuracy, in the place where an error is least forgiven.
+        return Choice(
+            False,
+            "the weight is shared with the embedding, and would be stored twice; "
+            "a recipe can quantise it",
+        )
     if linear.tied:
-        # INT8 would store it a second time, and it is where an error is least forgiven.
-        return Choice(False, "the weight is shared with the embedding; a recipe can quantise it")
+        return Choice(True, "scheme w8a8; the embedding that shares the weight keeps it in float")
     if linear.shared > 1:
         return Choice(True, f"scheme w8a8; {linear.shared} ops share the weight, int8 for each")
     return Choice(True, "scheme w8a8")
@@ -191,7 +201,7 @@ def _plan_activation(
     if mode != "static":
         # Any code can occur in any channel: the range is found at run time.
         return ActivationQuant(mode, None, None, np.full(site.channels, 255))
-    low, high = static_range(stats, np.ones(site.channels), rule.ranges or config.ranges)
+    low, high = static_range(stats, rule.ranges or config.ranges)
     scale, zero_point = uint8_affine(low, high)
     # A channel's own extreme, not the tensor's: most channels stay far below code 255.
     reach = np.where(stats.maximum > 0, stats.maximum * HEADROOM, stats.maximum / HEADROOM)

@@ -15,7 +15,12 @@ _MEASURED = ("logits", "last_hidden_state")
 
 
 def open_session(
-    path: Path, *, optimised_to: Path | None = None, exact: bool = False
+    path: Path,
+    *,
+    optimised_to: Path | None = None,
+    exact: bool = False,
+    planned: bool = True,
+    spinning: bool = True,
 ) -> ort.InferenceSession:
     """A CPU session on the file `path`, under default options but for quiet logs.
 
@@ -23,12 +28,17 @@ def open_session(
         path: an ONNX file; external data is found beside it.
         optimised_to: where ONNX Runtime writes the graph it really runs.
         exact: integer kernels that do not saturate, whatever the CPU; slower.
+        planned: reserve each feed shape's activations as one block, as by default; without, many
+            outputs cost half a gigabyte less.
+        spinning: threads wait busily for the next op, as by default. Two sessions that run in turn
+            must not: the threads of one would hold the cores while the other is timed.
 
     Raises:
         ModelError: ONNX Runtime refuses the graph.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.enable_mem_pattern = planned
     if optimised_to is not None:
         options.optimized_model_filepath = str(optimised_to)
         # Inline weights would meet protobuf's limit of 2 GB, and fill memory well before it.
@@ -37,6 +47,8 @@ def open_session(
         )
     if exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own, unexported types

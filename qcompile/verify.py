@@ -80,7 +80,7 @@ def verify(
     del reference, compiled
     figures = accuracy.result()
     problems += accuracy_problems(accuracy, figures)
-    speed = [_speed(open_session(float_path), open_session(compiled_path), held_back[0])]
+    speed = [_speed(float_path, compiled_path, held_back[0])]
     return Verification(kernels, figures, speed, problems)
 
 
@@ -176,7 +176,8 @@ def _run_exposed(model: ir.Model, names: list[str], feed: Batch, folder: Path) -
     return results
 
 
-def _speed(reference: ort.InferenceSession, compiled: ort.InferenceSession, batch: Batch) -> Speed:
+def _speed(float_path: Path, compiled_path: Path, batch: Batch) -> Speed:
+    reference, compiled = (open_session(p, spinning=False) for p in (float_path, compiled_path))
     feed = first_sample(reference, batch)
     ratio, rounds = speed_ratio(reference, compiled, feed)
     shape = next(iter(feed.values())).shape

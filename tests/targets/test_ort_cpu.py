@@ -24,6 +24,7 @@ from qcompile.kernels import expected_kernels, read_back
 from qcompile.linears import find_sites
 from qcompile.planning import HEADROOM, choose_quantized, plan_precision
 from qcompile.precision import PrecisionPlan, QuantizedWeight
+from qcompile.smoothing import plan_smoothing
 from qcompile.weights import quantize_weight, violations
 from tests.passes.rewriting import HEADER, typed
 from tests.support import from_text, run_model
@@ -250,9 +251,11 @@ def compiled(
     """One Linear with adversarial weights, calibrated on `x`, planned, quantised and lowered."""
     model = typed(from_text(HEADER + TEXT, w=WEIGHT, b=BIAS))
     model.graph[0].name = "model.fc"
-    sites, config = find_sites(model.graph), CompileConfig(activations=mode)
+    sites, config = find_sites(model.graph), CompileConfig(activations=mode, smooth="off")
     stats = calibrate(model, sites, [{"x": x}], folder)
-    plan = plan_precision(sites, stats, choose_quantized(sites, config, target), config, target)
+    chosen = choose_quantized(sites, config, target)
+    unsmoothed = plan_smoothing(sites, stats, config, chosen)
+    plan = plan_precision(sites, stats, unsmoothed, chosen, config, target)
     for pass_ in [Quantize(plan), *target.lower(plan)]:
         pass_(model)
     return target.emit(model, folder), plan
