@@ -35,7 +35,7 @@ from qcompile.reporting import make_report, site_rows
 from qcompile.schemes import Scheme, get_scheme
 from qcompile.session import open_session
 from qcompile.smoothing import SmoothingPlan, plan_smoothing
-from qcompile.spill import spill
+from qcompile.spill import release, spill
 from qcompile.staging import staged
 from qcompile.targets import Target, get_target
 from qcompile.traced import TracedModel
@@ -118,10 +118,13 @@ def _compile(
         with phases.phase("smooth"):
             smoothing = plan_smoothing(sites, stats, config, chosen)
             run(graph, [SmoothQuant(smoothing)])
+            graph = spill(graph, work, "smoothed")
+            release(model.ir)
         with phases.phase("quantize") as step:
             plan = plan_precision(
                 find_sites(graph.graph), stats, smoothing, chosen, config, target, progress=step
             )
+            release(graph)
     rows = site_rows(stats, smoothing, plan)
     stats.clear()
     smoothed = graph.clone()

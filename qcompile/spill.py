@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Final
 
@@ -27,3 +28,11 @@ def spill(model: ir.Model, work: Path, stem: str) -> ir.Model:
     for value in model.graph.initializers.values():
         value.const_value = None
     return ir.load(path)
+
+
+def release(model: ir.Model) -> None:
+    """Unmap what was read of the weights of `model`; it is mapped again when it is needed."""
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            with contextlib.suppress(BufferError):  # an array of it is still in use
+                value.const_value.release()
