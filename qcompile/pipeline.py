@@ -16,7 +16,7 @@ from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
 from qcompile.config import CompileConfig
-from qcompile.errors import VerificationError
+from qcompile.errors import ConfigError, VerificationError
 from qcompile.linears import find_sites
 from qcompile.passes.attention_3d import AttentionTo3D
 from qcompile.passes.canonical_linear import CanonicalLinear
@@ -72,6 +72,11 @@ def compile_model(
         QcompileError: anything that cannot be done; nothing is left at `output` then.
     """
     chosen_target, chosen_scheme = get_target(target), get_scheme(scheme)
+    if config.recipe.rules and not chosen_scheme.quantizes:
+        raise ConfigError(
+            f"scheme {scheme} quantises nothing, so a recipe has no effect",
+            hint="leave the recipe out",
+        )
     if isinstance(calibration, str | Path):
         check_calibration_path(Path(calibration))
     with staged(output, overwrite=overwrite) as (folder, work):

@@ -50,6 +50,12 @@ def choose_quantized(sites: list[Site], config: CompileConfig, target: Target) -
     for site in sites:
         for linear in site.linears:
             chosen[linear.name] = _choose(linear, config, target)
+            rule = config.recipe.rule_for(linear.name)
+            if rule.ranges is not None and _mode(linear, config) != "static":
+                raise ConfigError(
+                    f"the recipe gives {linear.name} ranges, which only static activations have",
+                    hint="add `activations: static` to the rule, or take `ranges` out",
+                )
         rules = [config.recipe.rule_for(n.name) for n in site.linears if chosen[n.name].quantize]
         for field in ("activations", "smooth", "ranges"):
             if len({getattr(rule, field) for rule in rules}) > 1:

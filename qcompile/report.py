@@ -54,6 +54,14 @@ class OpRow(_Model):
     saturation_safe: str | None = None
 
 
+class LeftoverRow(_Model):
+    """An op that multiplies matrices and is no Linear: it stays in float, for this reason."""
+
+    name: str
+    op: str
+    reason: str
+
+
 class Speed(_Model):
     """Time of the float graph over time of the compiled one, medians, taken in turn."""
 
@@ -82,6 +90,7 @@ class Report(_Model):
     kernels: dict[str, int] = {}
     sites: list[SiteRow] = []
     ops: list[OpRow] = []
+    leftovers: list[LeftoverRow] = []
     seconds: dict[str, float] = {}
 
     @property
@@ -94,7 +103,7 @@ class Report(_Model):
     def summary(self) -> dict[str, Any]:
         """What `--json` prints."""
         return {
-            **self.model_dump(exclude={"sites", "ops", "kernels"}),
+            **self.model_dump(exclude={"sites", "ops", "leftovers", "kernels"}),
             "ops_by_precision": self.ops_by_precision,
         }
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from qcompile.calibration.data import CalibrationData
 from qcompile.calibration.stats import Stats, Summary
+from qcompile.leftovers import find_leftovers
 from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.progress import Phases
-from qcompile.report import OpRow, Report, SiteRow, SummaryRow
+from qcompile.report import LeftoverRow, OpRow, Report, SiteRow, SummaryRow
 from qcompile.schemes import Scheme
 from qcompile.smoothing import SmoothingPlan
 from qcompile.targets.base import Target
@@ -60,6 +61,10 @@ def make_report(
         kernels=findings.kernels.counts,
         sites=sites,
         ops=[_op_row(op, plan, findings, sqnr) for op in plan.ops],
+        leftovers=[
+            LeftoverRow(name=left.name, op=left.op, reason=left.reason)
+            for left in (find_leftovers(model.ir.graph) if scheme.quantizes else ())
+        ],
         seconds=dict(phases.seconds),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from rich.console import Console
@@ -32,6 +33,9 @@ def print_summary(artifact: Artifact, console: Console) -> None:
     table.add_row("size", f"{_megabytes(report.bytes)} ({ratio:.0%} of float)")
     precisions = ", ".join(f"{n} {name}" for name, n in report.ops_by_precision.items() if n)
     table.add_row("Linears by precision", precisions or "none")
+    if report.leftovers:
+        counts = Counter(row.op for row in report.leftovers)
+        table.add_row("others, in float", ", ".join(f"{n} {op}" for op, n in counts.items()))
     for name, value in report.accuracy.items():
         label, form = _FIGURES.get(name, (name, "{:.4g}"))
         table.add_row(label, form.format(value))
@@ -65,6 +69,8 @@ def print_ops(report: Report, console: Console) -> None:
             op.saturation_safe or "",
             escape(op.reason),
         )
+    for row in report.leftovers:
+        ops.add_row(escape(row.name), "", "float", row.op, "", "", escape(row.reason))
     console.print(ops)
     if not report.sites:
         return

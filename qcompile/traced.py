@@ -37,7 +37,6 @@ class TracedModel:
         tokenizer: the model's own Transformers tokenizer, where it has one.
         assets: files to copy into the artifact (configuration, tokenizer).
         max_length: the longest sequence the model takes, where it says so.
-        origin: ``transformers``, ``onnx`` or ``module``: what the model came from.
         example: one valid feed, where the source gave one (``file.py:factory``).
     """
 
@@ -45,7 +44,6 @@ class TracedModel:
     name: str
     task: str
     kind: Kind
-    origin: Literal["transformers", "onnx", "module"]
     tokenizer: Any = None
     assets: tuple[Path, ...] = ()
     max_length: int | None = None

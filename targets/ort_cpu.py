@@ -15,6 +15,7 @@ from onnx_ir.passes.common import InlinePass
 from qcompile.passes.integer_matmul import CONTRIB, KERNEL, IntegerMatMul
 from qcompile.targets.base import Capability, Target
 
+from qcompile.config import Activations
 from qcompile.errors import ConfigError
 from qcompile.precision import OpPlan, PrecisionPlan
 
@@ -87,6 +88,10 @@ class OrtCpu(Target):
     def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
         return (IntegerMatMul(), InlinePass())
 
+    def capability(self, op: str, activations: Activations) -> Capability | None:
+        # The table is what ONNX Runtime documents; a reduced build may lack the kernel.
+        return super().capability(op, activations) if has_kernel(KERNEL, CONTRIB) else None
+
     def kernels_for(self, op: OpPlan, plan: PrecisionPlan) -> tuple[str, ...]:
         site = plan.site(op.site)
         if site is not None and site.activation.mode == "dynamic":
@@ -100,6 +105,7 @@ class OrtCpu(Target):
         return path
 
 
+@functools.cache
 def has_kernel(op_type: str, domain: str) -> bool:
     """Whether this build of ONNX Runtime has a CPU kernel for the op."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state

@@ -188,6 +188,16 @@ def test_a_recipe_that_matches_nothing(
     assert "recipe rule '*.fc7' matches no module" in error
 
 
+def test_a_recipe_without_effect(
+    run_cli: RunCli, tiny_onnx: Path, tiny_opt: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text('"*.fc1": {activations: token, ranges: mse}\n')
+    data = ("--calibration", tiny_opt / "calibration.txt", "--recipe", tmp_path / "recipe.yaml")
+    assert "fc1 ranges, which only static activations have" in run_cli(tiny_onnx, *data).error
+    error = run_cli(tiny_onnx, "--scheme", "fp32", *data).error
+    assert "scheme fp32 quantises nothing, so a recipe has no effect" in error
+
+
 # What is wrong with the calibration data.
 
 

@@ -96,11 +96,6 @@ class Stats:
         return result
 
     @property
-    def mean(self) -> Array:
-        result: Array = self.power_sums[0] / self.count
-        return result
-
-    @property
     def second_moment(self) -> Array:
         """E[x²] per channel."""
         result: Array = self.power_sums[1] / self.count

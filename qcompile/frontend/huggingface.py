@@ -89,7 +89,6 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         name=Path(source).name if Path(source).exists() else source.rsplit("/", 1)[-1],
         task=task,
         kind=kind,
-        origin="transformers",
         tokenizer=tokenizer,
         assets=find_assets(_assets_folder(source, hf_config, tokenizer, work)),
         max_length=max_length,

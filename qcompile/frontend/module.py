@@ -76,7 +76,6 @@ def trace_module(
         name=name,
         task=config.task or "other",
         kind="other",
-        origin="module",
         example=feed,
     )
 

@@ -75,7 +75,6 @@ def load_onnx(path: Path, *, task: str | None = None) -> TracedModel:
         name=path.stem,
         task=task,
         kind=_KINDS.get(task, "other"),
-        origin="onnx",
         tokenizer=tokenizer,
         assets=find_assets(path.parent) if tokenizer is not None else (),
         max_length=_positive(config, "max_position_embeddings", "n_positions", "n_ctx"),

@@ -41,9 +41,7 @@ def words(count: int, first: int = 0) -> str:
 
 def traced(text: str, kind: Kind = "other", **fields: Any) -> TracedModel:
     weights: dict[str, np.ndarray] = fields.pop("weights", {})
-    return TracedModel(
-        ir=from_text(text, **weights), name="tiny", task=kind, kind=kind, origin="onnx", **fields
-    )
+    return TracedModel(ir=from_text(text, **weights), name="tiny", task=kind, kind=kind, **fields)
 
 
 def language_model(

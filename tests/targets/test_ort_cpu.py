@@ -82,6 +82,11 @@ def test_capabilities() -> None:
         assert target.capability("Conv", mode) is None
 
 
+def test_a_build_without_the_kernel_has_no_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcompile.targets.ort_cpu.has_kernel", lambda op, domain: False)
+    assert get_target("ort-cpu").capability("MatMul", "static") is None
+
+
 # the host
 
 
