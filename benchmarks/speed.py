@@ -26,7 +26,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument(
-        "--spinning", action="store_true", help="as by default: sessions then slow each other down"
+        "--spinning",
+        action="store_true",
+        help="threads wait busily between runs, as ONNX Runtime's default is: they "
+        "then hold the cores while another session is timed",
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -17,8 +17,8 @@ class CanonicalLinear(ir.passes.InPlacePass):
 
     1. ``Gemm(x, B, C)`` with alpha = beta = 1, x not transposed, B constant
        -> ``Add(MatMul(x, B or Bᵀ), C)``
-    2. ``MatMul(x, Transpose(W))``, W constant and used only there -> ``MatMul(x, Wᵀ)``.
-       A shared W (a tied embedding) stays as it is, and stays stored once.
+    2. ``MatMul(x, Transpose(W))``, W constant and read only so -> ``MatMul(x, Wᵀ)``, one Wᵀ for
+       all. A W that something else reads too (a tied embedding) stays, and stays stored once.
     3. ``Add(MatMul(x, W), b)`` with b of shape [1, N] or [1, 1, N] -> b of shape [N]
     4. every Linear's MatMul is named by its module path
     5. ``Mul(Linear, c)`` with c a constant scalar, the Linear read by nothing else
@@ -87,12 +87,22 @@ def _absorb_transpose(node: ir.Node) -> bool:
     if transpose is None or transpose.op_type != "Transpose":
         return False
     source = transpose.inputs[0]
-    if source is None or not is_constant(source) or not sole_use(source) or not sole_use(weight):
+    if source is None or not is_constant(source) or source.is_graph_output():
         return False
-    if not is_matrix_transpose(transpose):
+    transposes = [use.node for use in source.uses()]
+    if not all(is_matrix_transpose(t) and _read_by_products_only(t) for t in transposes):
         return False
-    node.replace_input_with(1, derived(source, "transposed", np.transpose, _reversed(source)))
+    made = derived(source, "transposed", np.transpose, _reversed(source))
+    for each in transposes:
+        each.outputs[0].replace_all_uses_with(made)
     return True
+
+
+def _read_by_products_only(transpose: ir.Node) -> bool:
+    output = transpose.outputs[0]
+    return not output.is_graph_output() and all(
+        use.node.op_type == "MatMul" and use.idx == 1 for use in output.uses()
+    )
 
 
 def _flatten_bias(node: ir.Node) -> bool:

@@ -30,17 +30,17 @@ class Quantize(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         linears = {linear.name: linear for linear in find_linears(model.graph)}
-        modified = any(name in linears for site in self.plan.sites for name in site.ops)
-        for name, linear in linears.items() if modified else ():
+        if not any(name in linears for site in self.plan.sites for name in site.ops):
+            return ir.passes.PassResult(model, modified=False)
+        for name, linear in linears.items():
             # A second call of a module must not take the first one's name once that is quantised.
             set_module_path(linear.matmul, name)
         for site in self.plan.sites:
             present = [linears[name] for name in site.ops if name in linears]
             if present:
                 self._quantize_site(model, site, present)
-        if modified:
-            drop_unused(model)
-        return ir.passes.PassResult(model, modified=modified)
+        drop_unused(model)
+        return ir.passes.PassResult(model, modified=True)
 
     def _quantize_site(self, model: ir.Model, site: SitePlan, linears: list[Linear]) -> None:
         graph = model.graph

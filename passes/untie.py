@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import derived, drop_unused
 
@@ -13,8 +14,8 @@ from qcompile.linears import find_linears
 class Untie(ir.passes.InPlacePass):
     """Copy a weight that something else reads too, so that scales can be folded into it.
 
-    ``MatMul(x, Transpose(W))`` or ``MatMul(x, W)``, W also read by an embedding's Gather, becomes
-    ``MatMul(x, W')`` with W' [K, N] a copy, computed when it is needed.
+    1. ``MatMul(x, Transpose(W))``, W also read by an embedding's Gather -> ``MatMul(x, Wᵀ)``
+    2. ``MatMul(x, W)``, W also read by something that is no Linear -> ``MatMul(x, W')``, a copy
 
     Args:
         names: the Linears to untie; those whose weight is not tied stay as they are.
@@ -27,11 +28,10 @@ class Untie(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         tied = [x for x in find_linears(model.graph) if x.tied and x.name in self.names]
         for linear in tied:
-            transposed = linear.matmul.inputs[1] is not linear.weight
             own = derived(
                 linear.weight,
                 "untied",
-                (lambda array: array.T) if transposed else (lambda array: array),
+                np.transpose if linear.transposed else np.asarray,
                 (linear.in_features, linear.out_features),
             )
             linear.matmul.replace_input_with(1, own)

@@ -40,6 +40,14 @@ class SiteRule(_Frozen):
     smooth: Smooth | None = None
     ranges: RangeMethod | None = None
 
+    @pydantic.model_validator(mode="after")
+    def _has_effect(self) -> SiteRule:
+        if self.ranges is not None and self.activations in ("dynamic", "token"):
+            raise ValueError(f"ranges are static, and {self.activations} activations have none")
+        if self.precision == "float" and {self.activations, self.smooth, self.ranges} != {None}:
+            raise ValueError("what stays in float takes no other field")
+        return self
+
 
 class Recipe(_Frozen):
     """Per-module overrides, by glob over the module path. The last rule that matches wins."""
@@ -52,7 +60,8 @@ class Recipe(_Frozen):
         for glob, rule in self.rules:
             if fnmatch.fnmatchcase(path, glob):
                 merged.update(rule.model_dump(exclude_none=True))
-        return SiteRule(**merged)
+        # Unchecked: what is without effect in one rule may come of two that overlap.
+        return SiteRule.model_construct(**merged)
 
     def unmatched(self, paths: list[str]) -> list[str]:
         """Globs that match none of `paths`: almost always a spelling mistake."""
@@ -122,6 +131,17 @@ class CompileConfig(_Frozen):
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
     trust_remote_code: bool = False
     strict: bool = True
+
+    @pydantic.model_validator(mode="after")
+    def _ranges_have_effect(self) -> CompileConfig:
+        static = self.activations == "static" or any(
+            rule.activations == "static" for _, rule in self.recipe.rules
+        )
+        if self.ranges != "minmax" and not static:
+            raise ValueError(
+                f"ranges {self.ranges} are static, and {self.activations} activations have none"
+            )
+        return self
 
     @property
     def wants_histograms(self) -> bool:

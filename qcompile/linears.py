@@ -44,6 +44,11 @@ class Linear:
         return value
 
     @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as [N, K], behind a Transpose."""
+        return self.matmul.inputs[1] is not self.weight
+
+    @property
     def bias_add(self) -> ir.Node | None:
         return self.output.producer() if self.bias is not None else None
 

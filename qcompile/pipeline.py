@@ -111,16 +111,17 @@ def _compile(
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
     plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}")
     if scheme.quantizes:
-        chosen = choose_quantized(find_sites(graph.graph), config, target)
-        require_any(chosen, graph)
-        run(graph, [Untie(name for name, choice in chosen.items() if choice.quantize)])
         sites = find_sites(graph.graph)
+        chosen = choose_quantized(sites, config, target)
+        require_any(chosen, graph)
         with phases.phase("calibrate") as step:
             stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
             stats = calibrate(
                 graph, sites, data.calibration, work, histogram_stride=stride, progress=step
             )
         with phases.phase("smooth"):
+            run(graph, [Untie(name for name, choice in chosen.items() if choice.quantize)])
+            sites = find_sites(graph.graph)
             smoothing = plan_smoothing(sites, stats, config, chosen)
             run(graph, [SmoothQuant(smoothing)])
             graph = spill(graph, work, "smoothed")

@@ -50,12 +50,6 @@ def choose_quantized(sites: list[Site], config: CompileConfig, target: Target) -
     for site in sites:
         for linear in site.linears:
             chosen[linear.name] = _choose(linear, config, target)
-            rule = config.recipe.rule_for(linear.name)
-            if rule.ranges is not None and _mode(linear, config) != "static":
-                raise ConfigError(
-                    f"the recipe gives {linear.name} ranges, which only static activations have",
-                    hint="add `activations: static` to the rule, or take `ranges` out",
-                )
         rules = [config.recipe.rule_for(n.name) for n in site.linears if chosen[n.name].quantize]
         for field in ("activations", "smooth", "ranges"):
             if len({getattr(rule, field) for rule in rules}) > 1:
@@ -168,8 +162,7 @@ def weight_of(linear: Linear) -> Array:
     tensor = linear.weight.const_value
     assert tensor is not None
     weight: Array = tensor.numpy()
-    transposed = linear.matmul.inputs[1] is not linear.weight
-    return weight.T if transposed else weight
+    return weight.T if linear.transposed else weight
 
 
 def _choose(linear: Linear, config: CompileConfig, target: Target) -> Choice:

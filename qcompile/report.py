@@ -63,7 +63,10 @@ class LeftoverRow(_Model):
 
 
 class Speed(_Model):
-    """Time of the float graph over time of the compiled one, medians, taken in turn."""
+    """Time of the float graph over time of the compiled one, medians, taken in turn.
+
+    Threads sleep between runs; spinning, those of one session hold the cores of the other.
+    """
 
     batch: int
     sequence: int

@@ -25,14 +25,16 @@ def spill(model: ir.Model, work: Path, stem: str) -> ir.Model:
         size_threshold_bytes=_EXTERNAL_OVER_BYTES,
         alignment=4096,
     )
-    for value in model.graph.initializers.values():
-        value.const_value = None
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            value.const_value = None
     return ir.load(path)
 
 
 def release(model: ir.Model) -> None:
     """Unmap what was read of the weights of `model`; it is mapped again when it is needed."""
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            with contextlib.suppress(BufferError):  # an array of it is still in use
-                value.const_value.release()
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                with contextlib.suppress(BufferError):  # an array of it is still in use
+                    value.const_value.release()

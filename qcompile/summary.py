@@ -70,7 +70,7 @@ def print_ops(report: Report, console: Console) -> None:
             escape(op.reason),
         )
     for row in report.leftovers:
-        ops.add_row(escape(row.name), "", "float", row.op, "", "", escape(row.reason))
+        ops.add_row(escape(row.name), "", "float", "", "", "", f"{row.op}: {escape(row.reason)}")
     console.print(ops)
     if not report.sites:
         return

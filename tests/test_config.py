@@ -98,13 +98,13 @@ def test_a_recipe_of_short_and_long_rules(tmp_path: Path) -> None:
         tmp_path,
         """
         "*.lm_head": float
-        "*.fc2": {activations: token, smooth: 0.25, ranges: mse}
+        "*.fc2": {activations: static, smooth: 0.25, ranges: mse}
         "*": {precision: w8a8}
         """,
     )
     assert read.rules == (
         ("*.lm_head", SiteRule(precision="float")),
-        ("*.fc2", SiteRule(activations="token", smooth=0.25, ranges="mse")),
+        ("*.fc2", SiteRule(activations="static", smooth=0.25, ranges="mse")),
         ("*", SiteRule(precision="w8a8")),
     )
 
@@ -123,9 +123,34 @@ def test_the_last_rule_that_matches_wins_field_by_field() -> None:
     )
     assert read.rule_for("lm_head") == SiteRule(activations="token", smooth=0.3)
     assert read.rule_for("model.fc1") == SiteRule(activations="dynamic", smooth=0.3)
-    assert read.rule_for("model.fc2") == SiteRule(
-        precision="float", activations="dynamic", smooth=0.3
-    )
+    assert read.rule_for("model.fc2").model_dump(exclude_none=True) == {
+        "precision": "float",
+        "activations": "dynamic",
+        "smooth": 0.3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        ({"activations": "token", "ranges": "mse"}, "token activations have none"),
+        ({"precision": "float", "smooth": 0.5}, "what stays in float takes no other field"),
+    ],
+)
+def test_a_rule_without_effect(rule: dict[str, object], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        Recipe.from_mapping({"*.fc1": rule})
+    # Two rules that overlap may come to the same: each has its effect elsewhere.
+    overlapping = {glob: {k: v} for glob, (k, v) in zip(("*", "*.fc1"), rule.items(), strict=True)}
+    merged = Recipe.from_mapping(overlapping).rule_for("a.fc1")
+    assert merged.model_dump(exclude_none=True) == rule
+
+
+def test_ranges_of_activations_that_have_none() -> None:
+    with pytest.raises(ConfigError, match="token activations have none"):
+        make_config(activations="token", ranges="mse")
+    some = Recipe.from_mapping({"*.fc1": {"activations": "static"}})
+    assert make_config(activations="token", ranges="mse", recipe=some).ranges == "mse"
 
 
 @pytest.mark.parametrize(

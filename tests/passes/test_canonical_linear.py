@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from qcompile.passes.canonical_linear import CanonicalLinear
 
+from qcompile.linears import find_linears
 from qcompile.names import MODULE_PATH_KEY
 from tests.passes.rewriting import HEADER, typed
 from tests.support import (
@@ -137,10 +138,22 @@ def test_transpose_of_a_shared_weight_is_left() -> None:
     assert_left(text, {"v": V}, FEED | {"i": np.array([2, 0])})
 
 
-def test_transpose_that_two_read_is_left() -> None:
-    text = """g (float[M,4] x, float[M,4] z, float[3,4] v) => (float[M,3] y, float[M,3] u) {
-      w = Transpose <perm = [1, 0]> (v) y = MatMul (x, w) u = MatMul (z, w) }"""
-    assert_left(text, {"v": V}, FEED | {"z": -X})
+@pytest.mark.parametrize("second", ["w", "t"])
+def test_products_of_one_transposed_weight_share_the_result(second: str) -> None:
+    head = "(float[M,4] x, float[M,4] z, float[{}] {}) => (float[M,3] y, float[M,3] u)"
+    before = f"""g {head.format("3,4", "v")} {{
+      w = Transpose <perm = [1, 0]> (v) t = Transpose <perm = [1, 0]> (v)
+      y = MatMul (x, w) u = MatMul (z, {second}) }}"""
+    after = f"g {head.format('4,3', 'w')} {{ y = MatMul (x, w) u = MatMul (z, w) }}"
+    model = assert_canonical(before, after, {"v": V}, {"w": V.T}, FEED | {"z": -X})
+    assert len(model.graph.initializers) == 1
+    assert [(x.tied, x.shared) for x in find_linears(model.graph)] == [(False, 2), (False, 2)]
+
+
+def test_a_transpose_that_something_else_reads_is_left() -> None:
+    text = """g (float[M,4] x, float[3,4] v) => (float[M,3] y, float[4,3] u) {
+      w = Transpose <perm = [1, 0]> (v) y = MatMul (x, w) u = Neg (w) }"""
+    assert_left(text, {"v": V}, FEED)
 
 
 def test_transpose_that_permutes_nothing_does_not_transpose() -> None:

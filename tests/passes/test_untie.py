@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from qcompile.passes.untie import Untie
 
-from tests.passes.rewriting import assert_leaves, assert_rewrites
-from tests.support import Feed
+from qcompile.linears import find_linears
+from tests.passes.rewriting import HEADER, assert_leaves, assert_rewrites, typed
+from tests.support import Feed, assert_idempotent, from_text, run_model
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.standard_normal((5, 4)).astype(np.float32)
@@ -52,3 +53,21 @@ def test_what_is_not_named_stays_tied(
 def test_a_weight_of_its_own_stays() -> None:
     text = "g (float[M,N,4] x, float[4,5] w) => (float[M,N,5] y) { y = MatMul (x, w) }"
     assert_leaves(Untie([NAME]), text, w=TABLE.T)
+
+
+def test_two_linears_of_one_embedding() -> None:
+    """One is named: the other stays on the embedding's weight."""
+    text = f"""g ({INPUTS}, float[5,4] e) => (float[M,N,5] y, float[M,N,5] u, float[T,4] z) {{
+      z = Gather (e, i) t = Transpose <perm = [1, 0]> (e) n = Neg (x)
+      y = MatMul (x, t) u = MatMul (n, t) }}"""
+    model = typed(from_text(HEADER + text, e=TABLE))
+    wanted = run_model(model, FEED, optimise=False)
+    first, second = find_linears(model.graph)
+    assert first.tied and second.tied
+    assert Untie([second.name])(model).modified
+    first, second = find_linears(model.graph)
+    assert (first.tied, second.tied) == (True, False)
+    found = run_model(model, FEED, optimise=False)
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array)
+    assert_idempotent(Untie([second.name]), model)
