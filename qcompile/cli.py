@@ -92,6 +92,10 @@ def cli() -> None:
 @click.option("--task", help="Task of the model, as optimum names it.  [default: inferred]")
 @click.option("--opset", type=int, default=23, show_default=True, help="ONNX opset.")
 @click.option("--seed", type=int, default=0, show_default=True, help="For generated data.")
+@click.option(
+    "--shapes",
+    help="Measure speed at these, e.g. 1x128,8x512 (batch x sequence).  [default: a sample's]",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model folder.")
 @click.option(
     "--strict/--no-strict",
@@ -112,16 +116,19 @@ def compile_command(
     as_json: bool,
     quiet: bool,
     smooth: str,
+    shapes: str | None,
     **options: Any,
 ) -> None:
     """Compile MODEL: a Hugging Face folder or hub id, an .onnx file, or path/file.py:factory."""
     from qcompile.config import Recipe, make_config, parse_smooth
     from qcompile.schemes import get_scheme
+    from qcompile.shapes import parse_shapes
     from qcompile.staging import check_output
     from qcompile.targets import get_target
 
     config = make_config(
         smooth=parse_smooth(smooth),
+        shapes=parse_shapes(shapes) if shapes is not None else (),
         recipe=Recipe.read(recipe) if recipe else Recipe(),
         **options,
     )

@@ -101,6 +101,11 @@ class Recipe(_Frozen):
             raise ConfigError(f"recipe {path} is not valid YAML: {detail}") from error
 
 
+Size = Annotated[int, pydantic.Field(ge=1)]
+Shape: TypeAlias = tuple[Size, Size]
+"""Batch and sequence of a token input."""
+
+
 class CompileConfig(_Frozen):
     """Options of one compilation.
 
@@ -117,6 +122,7 @@ class CompileConfig(_Frozen):
         opset: ONNX opset of the exported graph.
         seed: of everything random (generated calibration data).
         trust_remote_code: let Transformers run Python code that a model folder carries.
+        shapes: (batch, sequence) pairs to measure speed at; none: the first held-back sample's.
         strict: a verification that does not hold is an error, not only a line in the report.
     """
 
@@ -130,6 +136,7 @@ class CompileConfig(_Frozen):
     opset: Annotated[int, pydantic.Field(ge=23, le=23)] = 23
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
     trust_remote_code: bool = False
+    shapes: tuple[Shape, ...] = ()
     strict: bool = True
 
     @pydantic.model_validator(mode="after")

@@ -34,6 +34,7 @@ from qcompile.report import Report
 from qcompile.reporting import make_report, site_rows
 from qcompile.schemes import Scheme, get_scheme
 from qcompile.session import open_session
+from qcompile.shapes import check_shapes, timing_feeds
 from qcompile.smoothing import SmoothingPlan, plan_smoothing
 from qcompile.spill import release, spill
 from qcompile.staging import staged
@@ -100,12 +101,14 @@ def _compile(
 ) -> Report:
     with phases.phase("trace"):
         model = frontend.load(source, config, work)
+        check_shapes(config.shapes, model)
         traced_path = work / "traced.onnx"
         run(model.ir, [pass_() for pass_ in CANONICALIZE])
         model.ir = spill(model.ir, work, "canonical")
 
     with phases.phase("data") as step:
         data = _calibration_data(calibration, model, config, scheme, work, step)
+        timed = timing_feeds(config.shapes, data.held_back[0])
 
     graph = model.ir.clone()
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
@@ -153,6 +156,7 @@ def _compile(
             target,
             model.kind,
             data.held_back,
+            timed,
             progress=step,
         )
         if findings.problems and config.strict:

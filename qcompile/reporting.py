@@ -37,11 +37,12 @@ def make_report(
     warnings = list(data.warnings) if scheme.quantizes else []
     if target.caveat:
         warnings.append(target.caveat)
-    speed = findings.speed[0].ratio if findings.speed else 1.0
-    if scheme.quantizes and speed < 0.95:
-        warnings.append(
-            f"the compiled model is slower than float on this machine ({speed:.2f} of its speed)"
-        )
+    warnings += [
+        f"at {speed.batch}×{speed.sequence} the compiled model is slower than float on this "
+        f"machine ({speed.ratio:.2f} of its speed)"
+        for speed in findings.speed
+        if scheme.quantizes and speed.ratio < 0.95
+    ]
     return Report(
         model=model.name,
         task=model.task,

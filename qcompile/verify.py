@@ -46,6 +46,7 @@ def verify(
     target: Target,
     kind: Kind,
     held_back: Sequence[Batch],
+    timed: Sequence[Batch] = (),
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
@@ -59,6 +60,7 @@ def verify(
         target: which kernel each promise means.
         kind: which accuracy measure applies.
         held_back: feeds that calibration did not see.
+        timed: feeds to measure speed on; none: the first held-back sample.
         progress: called with (batches done, batches in all).
 
     Returns:
@@ -80,7 +82,7 @@ def verify(
     del reference, compiled
     figures = accuracy.result()
     problems += accuracy_problems(accuracy, figures)
-    speed = [_speed(float_path, compiled_path, held_back[0])]
+    speed = _speeds(float_path, compiled_path, timed, held_back[0])
     return Verification(kernels, figures, speed, problems)
 
 
@@ -176,10 +178,13 @@ def _run_exposed(model: ir.Model, names: list[str], feed: Batch, folder: Path) -
     return results
 
 
-def _speed(float_path: Path, compiled_path: Path, batch: Batch) -> Speed:
+def _speeds(
+    float_path: Path, compiled_path: Path, timed: Sequence[Batch], held_back: Batch
+) -> list[Speed]:
     reference, compiled = (open_session(p, spinning=False) for p in (float_path, compiled_path))
-    feed = first_sample(reference, batch)
-    ratio, rounds = speed_ratio(reference, compiled, feed)
-    shape = next(iter(feed.values())).shape
-    dims = (*shape, 1, 1)
-    return Speed(batch=dims[0], sequence=dims[1], ratio=ratio, rounds=rounds)
+    speeds = []
+    for feed in timed or [first_sample(reference, held_back)]:
+        ratio, rounds = speed_ratio(reference, compiled, feed)
+        dims = (*next(iter(feed.values())).shape, 1, 1)
+        speeds.append(Speed(batch=dims[0], sequence=dims[1], ratio=ratio, rounds=rounds))
+    return speeds

@@ -1,0 +1,76 @@
+"""The shapes that speed is measured at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from qcompile.config import Shape
+from qcompile.errors import ConfigError
+from qcompile.traced import Batch, TracedModel
+
+_ONE: Final = re.compile(r"([1-9]\d*)[x×]([1-9]\d*)")
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """``1x128,8x512``: batch × sequence, from the command line.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    found = [_ONE.fullmatch(part.strip()) for part in text.split(",")]
+    shapes = [(int(match[1]), int(match[2])) for match in found if match is not None]
+    if len(shapes) != len(found):
+        raise ConfigError(f"shapes: {text!r} is not a list like 1x128,8x512 (batch x sequence)")
+    return tuple(shapes)
+
+
+def check_shapes(shapes: Sequence[Shape], model: TracedModel) -> None:
+    """Refuse what `model` does not take: inputs that are no tokens, fixed sizes, too long.
+
+    Raises:
+        ConfigError: naming the shape or the input.
+    """
+    for spec in model.inputs if shapes else ():
+        if len(spec.shape) != 2 or not np.issubdtype(spec.dtype, np.integer):
+            raise ConfigError(
+                f"shapes are of token inputs, and input {spec.name} is none",
+                hint="leave them out: speed is then measured on a held-back sample",
+            )
+        for shape in shapes:
+            if any(isinstance(d, int) and d != n for n, d in zip(shape, spec.shape, strict=True)):
+                raise ConfigError(
+                    f"shape {shape[0]}x{shape[1]} does not fit input {spec.name}, which is "
+                    + "x".join(map(str, spec.shape))
+                )
+    for batch, sequence in shapes:
+        if model.max_length is not None and sequence > model.max_length:
+            raise ConfigError(
+                f"shape {batch}x{sequence} is longer than the model's {model.max_length} positions"
+            )
+
+
+def timing_feeds(shapes: Sequence[Shape], held_back: Batch) -> list[Batch]:
+    """One feed a shape: the first held-back sample, repeated and cut, without padding.
+
+    Args:
+        shapes: (batch, sequence) pairs that the model takes.
+        held_back: token inputs by name, each [samples, tokens].
+    """
+    return [
+        {name: _filled(name, value, *shape) for name, value in held_back.items()}
+        for shape in shapes
+    ]
+
+
+def _filled(name: str, value: np.ndarray, batch: int, sequence: int) -> np.ndarray:
+    if name == "position_ids":
+        row = np.arange(sequence, dtype=value.dtype)
+    elif name == "attention_mask":
+        row = np.ones(sequence, value.dtype)
+    else:
+        row = np.resize(value[0], sequence)
+    return np.tile(row, (batch, 1))
