@@ -120,13 +120,13 @@ def compile_command(
     **options: Any,
 ) -> None:
     """Compile MODEL: a Hugging Face folder or hub id, an .onnx file, or path/file.py:factory."""
-    from qcompile.config import Recipe, make_config, parse_smooth
+    from qcompile.config import CompileConfig, Recipe, parse_smooth
     from qcompile.schemes import get_scheme
     from qcompile.shapes import parse_shapes
     from qcompile.staging import check_output
     from qcompile.targets import get_target
 
-    config = make_config(
+    config = CompileConfig(
         smooth=parse_smooth(smooth),
         shapes=parse_shapes(shapes) if shapes is not None else (),
         recipe=Recipe.read(recipe) if recipe else Recipe(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -93,12 +94,15 @@ class Recipe(_Frozen):
             ConfigError: the file is missing, unreadable or not a recipe.
         """
         try:
-            return cls.from_mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+            mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"recipe {path} cannot be read: {error}") from error
         except yaml.YAMLError as error:
             detail = " ".join(str(error).split())
             raise ConfigError(f"recipe {path} is not valid YAML: {detail}") from error
+        if mapping is None:
+            raise ConfigError(f"recipe {path} is empty")
+        return cls.from_mapping(mapping)
 
 
 Size = Annotated[int, pydantic.Field(ge=1)]
@@ -117,13 +121,16 @@ class CompileConfig(_Frozen):
         activations: ``static`` (one scale from calibration; the paper's O3), ``dynamic`` (one scale
             per tensor at run time; O2) or ``token`` (one scale per row at run time; O1).
         ranges: how a static range is drawn from the calibration histogram.
-        recipe: per-module overrides.
+        recipe: per-module overrides; a mapping as in a recipe file will do.
         task: a task name of optimum's, instead of the one read from the model.
         opset: ONNX opset of the exported graph.
         seed: of everything random (generated calibration data).
         trust_remote_code: let Transformers run Python code that a model folder carries.
         shapes: (batch, sequence) pairs to measure speed at; none: the first held-back sample's.
         strict: a verification that does not hold is an error, not only a line in the report.
+
+    Raises:
+        ConfigError: an unknown option, a value out of its range, or one without effect.
     """
 
     samples: Annotated[int, pydantic.Field(ge=1)] = 64
@@ -139,6 +146,12 @@ class CompileConfig(_Frozen):
     shapes: tuple[Shape, ...] = ()
     strict: bool = True
 
+    @pydantic.field_validator("recipe", mode="before")
+    @classmethod
+    def _as_recipe(cls, given: object) -> object:
+        # A mapping of globs, as in a recipe file.
+        return given if isinstance(given, Recipe) else Recipe.from_mapping(given)
+
     @pydantic.model_validator(mode="after")
     def _ranges_have_effect(self) -> CompileConfig:
         static = self.activations == "static" or any(
@@ -150,23 +163,20 @@ class CompileConfig(_Frozen):
             )
         return self
 
+    # Last, so that it sees what the other validators refuse.
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _in_one_sentence(cls, given: Any, check: Callable[[Any], CompileConfig]) -> CompileConfig:
+        try:
+            return check(given)
+        except pydantic.ValidationError as error:
+            raise ConfigError(first_problem(error)) from error
+
     @property
     def wants_histograms(self) -> bool:
         """Whether a range is drawn from a histogram anywhere."""
         asked = {self.ranges, *(rule.ranges for _, rule in self.recipe.rules)}
         return bool(asked - {"minmax", None})
-
-
-def make_config(**fields: Any) -> CompileConfig:
-    """`CompileConfig(**fields)`, with pydantic's report turned into one sentence.
-
-    Raises:
-        ConfigError: an unknown option or a value out of its range.
-    """
-    try:
-        return CompileConfig(**fields)
-    except pydantic.ValidationError as error:
-        raise ConfigError(first_problem(error)) from error
 
 
 def parse_smooth(text: str) -> Smooth:

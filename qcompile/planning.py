@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 import numpy as np
@@ -37,7 +38,8 @@ def choose_quantized(sites: list[Site], config: CompileConfig, target: Target) -
     """Which Linears become INT8, and why, by name.
 
     Raises:
-        ConfigError: a recipe's glob matches nothing, or mixes modes within one site.
+        ConfigError: a recipe's glob matches nothing, gives ranges to activations that have none, or
+            mixes modes within one site.
     """
     names = [linear.name for site in sites for linear in site.linears]
     unmatched = config.recipe.unmatched(names)
@@ -46,6 +48,14 @@ def choose_quantized(sites: list[Site], config: CompileConfig, target: Target) -
             f"recipe rule {unmatched[0]!r} matches no module",
             hint=f"modules are named like {names[0]!r}" if names else "the model has no Linear",
         )
+    for glob, rule in config.recipe.rules:
+        matched = [n for site in sites for n in site.linears if fnmatchcase(n.name, glob)]
+        if rule.ranges is not None and all(_mode(n, config) != "static" for n in matched):
+            raise ConfigError(
+                f"recipe rule {glob!r} gives ranges, and the activations that it matches "
+                "are not static",
+                hint="add `activations: static`, or take `ranges` out",
+            )
     chosen: dict[str, Choice] = {}
     for site in sites:
         for linear in site.linears:

@@ -37,7 +37,7 @@ def open_session(
         ModelError: ONNX Runtime refuses the graph.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it logs as an error it raises too
     options.enable_mem_pattern = planned
     if optimised_to is not None:
         options.optimized_model_filepath = str(optimised_to)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Final
 
 from qcompile.errors import OutputError
+
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_AGAIN_SECONDS: Final = 0.05
+_ALMOST_NOTHING: Final = 1 << 20
 
 
 @contextmanager
@@ -35,15 +42,17 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[tuple[Path, Path]]:
     except OSError as error:
         raise OutputError(f"cannot write below {output.parent}: {error.strerror}") from error
     try:
-        with _terminate_as_interrupt():
+        with _interrupts() as interrupted:
             artifact, scratch = root / "artifact", root / "scratch"
             artifact.mkdir()
             scratch.mkdir()
             yield artifact, scratch
             check_output(output, overwrite=overwrite)
+            if interrupted():
+                raise KeyboardInterrupt
             _replace(artifact, output, root)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if _disk_full(error, output.parent):
             raise OutputError(
                 f"the disk below {output.parent} is full",
                 hint="the float model is staged there: about three times its size is needed",
@@ -91,18 +100,40 @@ def _replace(artifact: Path, output: Path, root: Path) -> None:
         raise OutputError(f"{output} cannot be replaced: {error.strerror}") from error
 
 
+def _disk_full(error: OSError, folder: Path) -> bool:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # NumPy's short writes carry no errno.
+    return error.errno is None and shutil.disk_usage(folder).free < _ALMOST_NOTHING
+
+
 @contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM cleans up as Ctrl-C does. Only the main thread may set handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """SIGTERM cleans up as Ctrl-C does, and neither is lost. Yields whether one was asked for.
+
+    Python drops an exception that a destructor or weakref callback raises, an interrupt too. One
+    that is dropped is delivered again a little later.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
+        yield lambda: False
         return
+    asked = threading.Event()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        asked.set()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        if asked.is_set() and issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main).start()
+        else:
+            hook(dropped)
+
+    hook, sys.unraisablehook = sys.unraisablehook, again
+    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
     try:
-        yield
+        yield asked.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook

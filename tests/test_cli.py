@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -158,3 +159,28 @@ def test_help_and_version(run_cli: RunCli) -> None:
     assert "MODEL" in run_cli("--help").stdout
     assert "--activations" in run_cli("compile", "--help").stdout
     assert run_cli("--version").stdout.split()[-1] == "0.1.0"
+
+
+def test_a_factory_that_prints_leaves_stdout_clean(run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "made.py").write_text(
+        textwrap.dedent(
+            """
+            import torch
+
+            print("imported")
+
+            class Loud(torch.nn.Linear):
+                def forward(self, x):
+                    print("called")
+                    return super().forward(x)
+
+            def make():
+                print("made")
+                return Loud(8, 4), torch.randn(4, 8)
+            """
+        )
+    )
+    outcome = run_cli(f"{tmp_path / 'made.py'}:make", "--json", "-o", "out")
+    assert outcome.status == 0
+    assert json.loads(outcome.stdout)["model"] == "made-make"
+    assert "imported" in outcome.stderr and "made" in outcome.stderr

@@ -194,6 +194,9 @@ def test_a_recipe_without_effect(
     (tmp_path / "recipe.yaml").write_text('"*.fc1": {activations: token, ranges: mse}\n')
     data = ("--calibration", tiny_opt / "calibration.txt", "--recipe", tmp_path / "recipe.yaml")
     assert "ranges are static, and token activations have none" in run_cli(tiny_onnx, *data).error
+    (tmp_path / "recipe.yaml").write_text('"*.fc1": {ranges: mse}\n')
+    error = run_cli(tiny_onnx, "--activations", "token", *data).error
+    assert "rule '*.fc1' gives ranges, and the activations that it matches are not static" in error
     (tmp_path / "recipe.yaml").write_text('"*.fc1": float\n')
     error = run_cli(tiny_onnx, "--scheme", "fp32", *data).error
     assert "scheme fp32 quantises nothing, so a recipe has no effect" in error

@@ -8,7 +8,7 @@ from typing import Any
 import pydantic
 import pytest
 
-from qcompile.config import CompileConfig, Recipe, SiteRule, make_config, parse_smooth
+from qcompile.config import CompileConfig, Recipe, SiteRule, parse_smooth
 from qcompile.errors import ConfigError
 from qcompile.schemes import SCHEMES, get_scheme
 
@@ -28,7 +28,7 @@ def refused(error: pytest.ExceptionInfo[ConfigError], *words: str) -> None:
 
 
 def test_defaults_are_those_of_the_command_line() -> None:
-    config = make_config()
+    config = CompileConfig()
     assert config == CompileConfig()
     assert (config.samples, config.seq_len, config.smooth) == (64, 256, "auto")
     assert (config.activations, config.ranges, config.seed) == ("static", "minmax", 0)
@@ -37,7 +37,7 @@ def test_defaults_are_those_of_the_command_line() -> None:
 
 
 def test_a_config_is_frozen() -> None:
-    config = make_config(samples=3)
+    config = CompileConfig(samples=3)
     with pytest.raises(pydantic.ValidationError):
         config.samples = 4
     assert config.samples == 3
@@ -64,16 +64,16 @@ def test_a_config_is_frozen() -> None:
         ("bits", 8),
     ],
 )
-def test_a_bad_option_is_named(field: str, value: object) -> None:
+def test_a_bad_option_is_named(field: str, value: Any) -> None:
     with pytest.raises(ConfigError) as error:
-        make_config(**{field: value})
+        CompileConfig(**{field: value})
     refused(error, field)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
 def test_a_number_outside_the_unit_interval_is_told_its_bounds(value: float) -> None:
     with pytest.raises(ConfigError) as error:
-        make_config(smooth=value)
+        CompileConfig(smooth=value)
     message = str(error.value)
     assert "[0, 1]" in message or "equal to" in message
 
@@ -83,7 +83,7 @@ def test_a_number_outside_the_unit_interval_is_told_its_bounds(value: float) -> 
 )
 def test_smooth_from_the_command_line(text: str, expected: str | float) -> None:
     assert parse_smooth(text) == expected
-    assert make_config(smooth=parse_smooth(text)).smooth == expected
+    assert CompileConfig(smooth=parse_smooth(text)).smooth == expected
 
 
 @pytest.mark.parametrize("text", ["", "on", "AUTO", "0,5", "half"])
@@ -148,9 +148,9 @@ def test_a_rule_without_effect(rule: dict[str, object], problem: str) -> None:
 
 def test_ranges_of_activations_that_have_none() -> None:
     with pytest.raises(ConfigError, match="token activations have none"):
-        make_config(activations="token", ranges="mse")
+        CompileConfig(activations="token", ranges="mse")
     some = Recipe.from_mapping({"*.fc1": {"activations": "static"}})
-    assert make_config(activations="token", ranges="mse", recipe=some).ranges == "mse"
+    assert CompileConfig(activations="token", ranges="mse", recipe=some).ranges == "mse"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_a_recipe_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_an_empty_recipe_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a recipe is a mapping"):
+    with pytest.raises(ConfigError, match=r"recipe .* is empty"):
         recipe(tmp_path, "")
 
 
@@ -244,3 +244,11 @@ def test_schemes() -> None:
     with pytest.raises(ConfigError) as error:
         get_scheme("w3a3")
     refused(error, "w3a3", "fp32", "w8a8")
+
+
+def test_a_mapping_will_do_for_a_recipe() -> None:
+    rules: Any = {"lm_head": "float"}
+    assert CompileConfig(recipe=rules).recipe == Recipe.from_mapping(rules)
+    rules = {"lm_head": "int3"}
+    with pytest.raises(ConfigError, match="recipe rule 'lm_head'"):
+        CompileConfig(recipe=rules)

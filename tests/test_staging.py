@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -215,3 +218,33 @@ def test_a_name_that_is_too_long(tmp_path: Path) -> None:
     with pytest.raises(OutputError), staged(tmp_path / ("x" * 300), overwrite=False):
         raise AssertionError("entered")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_that_a_destructor_drops_is_not_lost(tmp_path: Path) -> None:
+    class Dropping:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", overwrite=False):
+        Dropping()
+        for _ in range(500):
+            time.sleep(0.01)
+    assert not list(tmp_path.iterdir())
+    assert sys.unraisablehook is hook
+
+
+def test_an_interrupt_that_is_dropped_at_the_end(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", overwrite=False) as (folder, _):
+        write(folder)
+        with contextlib.suppress(KeyboardInterrupt):  # as a library may
+            signal.raise_signal(signal.SIGINT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_short_write_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy says so without an errno."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match="is full"), staged(tmp_path / "out", overwrite=False):
+        raise OSError("65536 requested and 27136 written")

@@ -93,10 +93,15 @@ def feed_samples(
 def check_feed(feed: Mapping[str, Any], model: TracedModel, where: str) -> Batch:
     """`feed` in the dtypes of the graph's inputs.
 
+    Token inputs that follow from input_ids may be left out: the mask (all ones), token types (all
+    zeros) and positions (counted over the mask), as Transformers has them.
+
     Raises:
-        CalibrationError: wrong names, dtypes, ranks or sizes; no rows; NaN or Inf.
+        CalibrationError: wrong names, dtypes, ranks or sizes; no rows; NaN or Inf; sequences longer
+            than the model's positions.
     """
     specs = model.inputs
+    feed = _completed(feed, {spec.name for spec in specs})
     if set(feed) != {spec.name for spec in specs}:
         expected = ", ".join(sorted(spec.name for spec in specs)) or "none"
         found = ", ".join(sorted(map(str, feed))) or "none"
@@ -114,7 +119,29 @@ def check_feed(feed: Mapping[str, Any], model: TracedModel, where: str) -> Batch
         if array.size == 0:
             raise CalibrationError(f"{where}: {spec.name!r} holds no samples, only zero elements")
         checked[spec.name] = array
+    ids = checked.get("input_ids")
+    if ids is not None and model.max_length is not None and ids.shape[-1:] > (model.max_length,):
+        raise CalibrationError(
+            f"{where}: sequences of {ids.shape[-1]} tokens are longer than the model's "
+            f"{model.max_length} positions"
+        )
     return checked
+
+
+def _completed(feed: Mapping[str, Any], names: set[str]) -> Mapping[str, Any]:
+    missing = names - set(feed)
+    if "input_ids" not in feed or not missing <= {
+        "attention_mask", "token_type_ids", "position_ids"
+    }:  # fmt: skip
+        return feed
+    ids = np.asarray(feed["input_ids"])
+    if ids.ndim != 2:
+        return feed
+    mask = np.asarray(feed.get("attention_mask", np.ones(ids.shape, np.int64)))
+    made: dict[str, Any] = {"attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    if mask.shape == ids.shape:
+        made["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    return {**feed, **{name: made[name] for name in missing if name in made}}
 
 
 def _converted(value: Any, spec: InputSpec, where: str) -> np.ndarray:

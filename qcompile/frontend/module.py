@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import inspect
@@ -36,7 +37,8 @@ def load_factory(source: str, config: CompileConfig, work: Path) -> TracedModel:
     if not callable(factory):
         raise ModelError(f"{path} has no function {function!r}")
     try:
-        made = factory()
+        with contextlib.redirect_stdout(sys.stderr):  # ours holds the summary, or JSON
+            made = factory()
     except Exception as error:
         raise ModelError(f"{source} failed: {type(error).__name__}: {error}") from error
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], torch.nn.Module)):
@@ -94,7 +96,8 @@ def _import(path: Path) -> Any:
     sys.modules[spec.name] = loaded
     sys.path.insert(0, str(path.resolve().parent))
     try:
-        spec.loader.exec_module(loaded)
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(loaded)
     except Exception as error:
         raise ModelError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     finally:
@@ -138,7 +141,7 @@ def _at_least_two(example: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _output_names(module: torch.nn.Module, example: dict[str, torch.Tensor]) -> list[str]:
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
             outputs = module(**example)
     except Exception as error:
         raise ModelError(

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompile.calibration.data import CalibrationData, load_calibration
+from qcompile.calibration.feeds import check_feed
 from qcompile.config import CompileConfig
 from qcompile.errors import CalibrationError, ConfigError
 from qcompile.traced import TracedModel
@@ -28,6 +29,7 @@ from tests.calibration.models import (
     rows,
     words,
 )
+from tests.support import from_text
 
 LM = language_model()
 ENCODER = encoder()
@@ -415,3 +417,20 @@ def test_damaged_archives(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x", json.dumps([1]))
     assert "'x' in calibration file" in refusal(path, FLOATS)
+
+
+def test_token_inputs_that_follow_from_the_ids_may_be_left_out() -> None:
+    inputs = "int64[B,S] input_ids, int64[B,S] attention_mask, int64[B,S] position_ids"
+    text = f"""<ir_version: 10, opset_import: ["" : 23]>
+    g ({inputs}) => (float[B,S] y) {{ y = Cast <to = 1> (input_ids) }}"""
+    model = TracedModel(ir=from_text(text), name="m", task="x", kind="other", max_length=4)
+    ids = np.array([[5, 6, 7]])
+    found = check_feed({"input_ids": ids}, model, "it")
+    assert found["attention_mask"].tolist() == [[1, 1, 1]]
+    assert found["position_ids"].tolist() == [[0, 1, 2]]
+    padded = check_feed({"input_ids": ids, "attention_mask": np.array([[0, 1, 1]])}, model, "it")
+    assert padded["position_ids"].tolist() == [[0, 0, 1]]
+    with pytest.raises(CalibrationError, match="expected attention_mask, input_ids"):
+        check_feed({"position_ids": ids}, model, "it")
+    with pytest.raises(CalibrationError, match="6 tokens are longer than the model's 4"):
+        check_feed({"input_ids": np.tile(ids, 2)}, model, "it")
