@@ -39,10 +39,12 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, required=True)
     parser.add_argument("--target", default="ort-cpu")
     parser.add_argument("--only", default="", help="e.g. static:auto,token:auto")
+    parser.add_argument("--recipe", type=Path, help="as qcompile's own --recipe")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     wanted = set(filter(None, arguments.only.split(",")))
 
+    recipe = qcompile.Recipe.read(arguments.recipe) if arguments.recipe else qcompile.Recipe()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 1
     feeds = list(windows(tokenizer, arguments.evaluation, bos, samples=64, length=256))
@@ -64,6 +66,7 @@ def main() -> None:
                 config=qcompile.CompileConfig(
                     activations=mode,  # type: ignore[arg-type]
                     smooth=smooth,  # type: ignore[arg-type]
+                    recipe=recipe,
                     strict=False,
                 ),
                 output=Path(scratch) / "w8a8",

@@ -28,8 +28,8 @@ def open_session(
         path: an ONNX file; external data is found beside it.
         optimised_to: where ONNX Runtime writes the graph it really runs.
         exact: integer kernels that do not saturate, whatever the CPU; slower.
-        planned: reserve each feed shape's activations as one block, as by default; without, many
-            outputs cost half a gigabyte less.
+        planned: reserve each feed shape's activations as one block, as by default; without, a
+            graph of many outputs takes less memory.
         spinning: threads wait busily for the next op, as by default. Two sessions that run in turn
             must not: the threads of one would hold the cores while the other is timed.
 

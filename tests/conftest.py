@@ -6,7 +6,7 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -66,37 +66,34 @@ def small() -> qcompile.CompileConfig:
 
 
 @pytest.fixture(scope="session")
-def compiled_tiny(
+def compile_tiny(
     tiny_opt: Path, small: qcompile.CompileConfig, tmp_path_factory: pytest.TempPathFactory
-) -> qcompile.Artifact:
-    """tiny-opt with static activations, for a CPU whose kernel saturates. Not to be changed."""
-    return qcompile.compile(
+) -> Callable[[str], qcompile.Artifact]:
+    """Compiles tiny-opt by the scheme given, for a CPU whose kernel saturates."""
+    return lambda scheme: qcompile.compile(
         str(tiny_opt),
         target="ort-cpu:avx2",
-        scheme="w8a8",
+        scheme=scheme,
         calibration=tiny_opt / "calibration.txt",
         config=small,
-        output=tmp_path_factory.mktemp("compiled") / "tiny-w8a8",
+        output=tmp_path_factory.mktemp("compiled") / f"tiny-{scheme}",
     )
 
 
 @pytest.fixture(scope="session")
-def float_tiny(
-    tiny_opt: Path, small: qcompile.CompileConfig, tmp_path_factory: pytest.TempPathFactory
-) -> qcompile.Artifact:
+def compiled_tiny(compile_tiny: Callable[[str], qcompile.Artifact]) -> qcompile.Artifact:
+    """tiny-opt with static activations. Not to be changed."""
+    return compile_tiny("w8a8")
+
+
+@pytest.fixture(scope="session")
+def float_tiny(compile_tiny: Callable[[str], qcompile.Artifact]) -> qcompile.Artifact:
     """tiny-opt traced and fused, nothing quantised. Not to be changed.
 
     Its graph, with config and tokenizer beside it, is also an ONNX model that compiles in a tenth
     of the time that tracing takes.
     """
-    return qcompile.compile(
-        str(tiny_opt),
-        target="ort-cpu:avx2",
-        scheme="fp32",
-        calibration=tiny_opt / "calibration.txt",
-        config=small,
-        output=tmp_path_factory.mktemp("compiled") / "tiny-fp32",
-    )
+    return compile_tiny("fp32")
 
 
 @pytest.fixture(scope="session")

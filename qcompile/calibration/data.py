@@ -157,7 +157,18 @@ def _from_feeds(
     config: CompileConfig,
 ) -> CalibrationData:
     wanted = config.samples + held_back_size(config.samples)
-    return assemble(take(feed_samples(feeds, model), wanted), origin, (), config)
+    masked = any(spec.name == "attention_mask" for spec in model.inputs)
+    unmasked = False
+
+    def noted() -> Iterator[tuple[str, Mapping[str, Any]]]:
+        nonlocal unmasked
+        for where, feed in feeds:
+            unmasked |= masked and "attention_mask" not in feed
+            yield where, feed
+
+    samples = take(feed_samples(noted(), model), wanted)
+    notes = [f"{origin}: without attention_mask, every token is taken for real"] if unmasked else []
+    return assemble(samples, origin, notes, config)
 
 
 def _only_texts(items: Iterable[object]) -> Iterator[str]:

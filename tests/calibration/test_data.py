@@ -434,3 +434,10 @@ def test_token_inputs_that_follow_from_the_ids_may_be_left_out() -> None:
         check_feed({"position_ids": ids}, model, "it")
     with pytest.raises(CalibrationError, match="6 tokens are longer than the model's 4"):
         check_feed({"input_ids": np.tile(ids, 2)}, model, "it")
+    assert (
+        load([{"input_ids": ids[:, :2]}], model)
+        .warnings[0]
+        .endswith("every token is taken for real")
+    )
+    whole = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    assert not any("for real" in warning for warning in load([whole], model).warnings)
