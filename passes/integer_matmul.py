@@ -45,7 +45,7 @@ def _lower(graph: ir.Graph, matmul: ir.Node) -> bool:
     codes, w_scale = w_node.inputs[0], w_node.inputs[1]
     if not is_constant(codes) or codes is None or codes.dtype != ir.DataType.INT8:
         return False
-    bias, replaced = _bias(matmul)
+    bias, replaced = constant_bias(matmul)
     tape = ir.tape.Tape()
     if x_node.op_type == "DequantizeLinear" and _per_tensor(x_node):
         x, scale, zero_point = x_node.inputs
@@ -95,7 +95,7 @@ def _producer(value: ir.Value | None) -> ir.Node | None:
     return value.producer() if value is not None else None
 
 
-def _bias(matmul: ir.Node) -> tuple[ir.Value | None, ir.Node]:
+def constant_bias(matmul: ir.Node) -> tuple[ir.Value | None, ir.Node]:
     """The constant bias vector added to `matmul`, and the last node it replaces."""
     product = matmul.outputs[0]
     if sole_use(product):

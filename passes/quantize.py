@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused
@@ -20,8 +21,11 @@ class Quantize(ir.passes.InPlacePass):
     3. token: ``x -> qcompile.QuantizePerToken -> qcompile.DequantizePerToken``, model-local
        functions with bodies in standard ops
 
-    and each planned MatMul reads ``DequantizeLinear(codes, scale, axis=1)`` for its weight. The
-    result is a valid ONNX model that any runtime computes; a target replaces it by kernels.
+    and each planned MatMul reads ``DequantizeLinear(codes, scale, axis=1)`` for its weight, or
+    ``DequantizeLinear(codes, scale, axis=0, block_size)`` where its scales are per block; an op of
+    weight-only precision goes on reading x. Outlier channels that are split are gathered as often
+    as they are copied, shifted, quantised by a coarser scale and appended. The result is a valid
+    ONNX model that any runtime computes; a target replaces it by kernels.
     """
 
     def __init__(self, plan: PrecisionPlan) -> None:
@@ -30,7 +34,9 @@ class Quantize(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         linears = {linear.name: linear for linear in find_linears(model.graph)}
-        if not any(name in linears for site in self.plan.sites for name in site.ops):
+        # What is quantised already is no Linear any more.
+        planned = [op for op in self.plan.quantized if op.name in linears]
+        if not planned:
             return ir.passes.PassResult(model, modified=False)
         for name, linear in linears.items():
             # A second call of a module must not take the first one's name once that is quantised.
@@ -39,6 +45,10 @@ class Quantize(ir.passes.InPlacePass):
             present = [linears[name] for name in site.ops if name in linears]
             if present:
                 self._quantize_site(model, site, present)
+        for op in planned:
+            if op.precision != "int8":
+                linear = linears[op.name]
+                _quantize_weight(model.graph, linear, op, linear.x)
         drop_unused(model)
         return ir.passes.PassResult(model, modified=True)
 
@@ -48,33 +58,40 @@ class Quantize(ir.passes.InPlacePass):
         first = min((linear.matmul for linear in linears), key=list(graph).index)
         tape = ir.tape.Tape()
         x_hat = _quantize_activation(tape, graph, site, x)
-        x_hat.shape, x_hat.dtype = x.shape, ir.DataType.FLOAT
+        x_hat.dtype = ir.DataType.FLOAT
+        if site.activation.split is None:
+            x_hat.shape = x.shape
         if site.activation.mode == "token":
             for function in per_token_functions():
                 model.functions.setdefault(function.identifier(), function)
             graph.opset_imports[DOMAIN] = 1
         for node in tape.nodes:
-            node.name = f"{site.name}/{node.op_type}"
+            coarse = node.op_type == "QuantizeLinear" and node.inputs[0] is not x
+            node.name = f"{site.name}{'/outliers' if coarse else ''}/{node.op_type}"
         graph.insert_before(first, list(tape.nodes))
         for linear in linears:
-            self._quantize_weight(graph, linear, self.plan.op(linear.name), x_hat)
+            op = self.plan.op(linear.name)
+            _quantize_weight(graph, linear, op, x_hat)
 
-    def _quantize_weight(
-        self, graph: ir.Graph, linear: Linear, op: OpPlan, x_hat: ir.Value
-    ) -> None:
-        weight = op.weight
-        assert weight is not None, f"{op.name} is planned int8 without codes"
-        codes = constant(graph, f"{op.name}.weight_int8", weight.codes)
-        scale = constant(graph, f"{op.name}.weight_scale", weight.scale)
-        tape = ir.tape.Tape()
-        w_hat = tape.op("DequantizeLinear", [codes, scale], {"axis": 1})
-        w_hat.shape = ir.Shape(weight.codes.shape)
-        w_hat.dtype = ir.DataType.FLOAT
-        for node in tape.nodes:
-            node.name = f"{op.name}/weight/{node.op_type}"
-        graph.insert_before(linear.matmul, list(tape.nodes))
-        linear.matmul.replace_input_with(0, x_hat)
-        linear.matmul.replace_input_with(1, w_hat)
+
+def _quantize_weight(graph: ir.Graph, linear: Linear, op: OpPlan, x_hat: ir.Value) -> None:
+    weight = op.weight
+    assert weight is not None, f"{op.name} is planned {op.precision} without codes"
+    stored = weight.codes if weight.bits == 8 else weight.codes.astype(ml_dtypes.int4)
+    codes = constant(graph, f"{op.name}.weight_int{weight.bits}", stored)
+    scale = constant(graph, f"{op.name}.weight_scale", weight.scale)
+    attributes = {"axis": 1}
+    if weight.block_size is not None:
+        attributes = {"axis": 0, "block_size": weight.block_size}
+    tape = ir.tape.Tape()
+    w_hat = tape.op("DequantizeLinear", [codes, scale], attributes)
+    w_hat.shape = ir.Shape(weight.codes.shape)
+    w_hat.dtype = ir.DataType.FLOAT
+    for node in tape.nodes:
+        node.name = f"{op.name}/weight/{node.op_type}"
+    graph.insert_before(linear.matmul, list(tape.nodes))
+    linear.matmul.replace_input_with(0, x_hat)
+    linear.matmul.replace_input_with(1, w_hat)
 
 
 def _quantize_activation(
@@ -92,4 +109,16 @@ def _quantize_activation(
         constant(graph, f"{site.name}.scale", np.array(activation.scale, np.float32)),
         constant(graph, f"{site.name}.zero_point", np.array(activation.zero_point, np.uint8)),
     ]
-    return tape.op("DequantizeLinear", [tape.op("QuantizeLinear", [x, *parameters]), *parameters])
+    codes = tape.op("QuantizeLinear", [x, *parameters])
+    split = activation.split
+    if split is not None:
+        step = np.array(activation.scale * split.copies, np.float32)
+        coarse = constant(graph, f"{site.name}.outlier_scale", step)
+        index = constant(graph, f"{site.name}.outliers", split.appended)
+        shifts = constant(
+            graph, f"{site.name}.outlier_shifts", np.float32(activation.scale * split.offsets)
+        )
+        shifted = tape.op("Add", [tape.op("Gather", [x, index], {"axis": -1}), shifts])
+        copies = tape.op("QuantizeLinear", [shifted, coarse, parameters[1]])
+        codes = tape.op("Concat", [codes, copies], {"axis": -1})
+    return tape.op("DequantizeLinear", [codes, *parameters])

@@ -74,11 +74,28 @@ def cli() -> None:
 )
 @click.option(
     "--activations",
-    type=click.Choice(["static", "dynamic", "token"]),
-    default="static",
+    type=click.Choice(["auto", "static", "dynamic", "token"]),
+    default="auto",
     show_default=True,
-    help="The paper's O3, O2, O1.",
+    help="The paper's O3, O2, O1, or whichever pays, per site.",
 )
+@click.option(
+    "--objective",
+    type=click.Choice(["latency", "size", "accuracy", "scheme"]),
+    default="latency",
+    show_default=True,
+    help="What the precision of every op is chosen for; scheme: as --scheme says, unmeasured.",
+)
+@click.option("--max-kl", type=float, help="Limit: mean KL to float on held-back text.")
+@click.option("--min-speedup", type=float, help="Limit: times float's speed, at every shape.")
+@click.option("--max-size", help="Limit: bytes of the weights, e.g. 20MB.")
+@click.option(
+    "--costs",
+    type=click.Path(path_type=Path),
+    help="File of measured times, read and added to; another machine's is used as it is.",
+)
+@click.option("--plan-out", type=click.Path(path_type=Path), help="Write the plan there, too.")
+@click.option("--plan-in", type=click.Path(path_type=Path), help="Replay a plan, choose nothing.")
 @click.option(
     "--ranges",
     type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
@@ -94,7 +111,8 @@ def cli() -> None:
 @click.option("--seed", type=int, default=0, show_default=True, help="For generated data.")
 @click.option(
     "--shapes",
-    help="Measure speed at these, e.g. 1x128,8x512 (batch x sequence).  [default: a sample's]",
+    help="Batch x sequence that matter: timed, and planned for.  "
+    "[default: 1x128, and 1x1 for what generates]",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model folder.")
 @click.option(
@@ -117,10 +135,11 @@ def compile_command(
     quiet: bool,
     smooth: str,
     shapes: str | None,
+    max_size: str | None,
     **options: Any,
 ) -> None:
     """Compile MODEL: a Hugging Face folder or hub id, an .onnx file, or path/file.py:factory."""
-    from qcompile.config import CompileConfig, Recipe, parse_smooth
+    from qcompile.config import CompileConfig, Recipe, parse_size, parse_smooth
     from qcompile.schemes import get_scheme
     from qcompile.shapes import parse_shapes
     from qcompile.staging import check_output
@@ -128,6 +147,7 @@ def compile_command(
 
     config = CompileConfig(
         smooth=parse_smooth(smooth),
+        max_size=parse_size(max_size) if max_size is not None else None,
         shapes=parse_shapes(shapes) if shapes is not None else (),
         recipe=Recipe.read(recipe) if recipe else Recipe(),
         **options,
@@ -185,7 +205,7 @@ def schemes_command() -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
 def inspect_command(folder: Path, as_json: bool) -> None:
-    """Show, for each op of the artifact FOLDER, its precision, kernel, error and reason."""
+    """Show, for each op of the artifact FOLDER, its precision, kernel, candidates and reason."""
     from qcompile.report import Report
     from qcompile.summary import print_ops
 

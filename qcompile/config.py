@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -13,6 +14,7 @@ import yaml
 from qcompile.errors import ConfigError
 
 Activations: TypeAlias = Literal["static", "dynamic", "token"]
+Objective: TypeAlias = Literal["latency", "size", "accuracy", "scheme"]
 RangeMethod: TypeAlias = Literal["minmax", "percentile", "entropy", "mse"]
 Smooth: TypeAlias = Annotated[
     Literal["auto", "off"] | float, pydantic.BeforeValidator(lambda value: _checked_smooth(value))
@@ -36,7 +38,7 @@ class _Frozen(pydantic.BaseModel):
 class SiteRule(_Frozen):
     """What a recipe asks for the modules that its glob matches. Unset fields keep the default."""
 
-    precision: Literal["float", "w8a8"] | None = None
+    precision: Literal["float", "w8a8", "w8a16", "w4a16", "split"] | None = None
     activations: Activations | None = None
     smooth: Smooth | None = None
     ranges: RangeMethod | None = None
@@ -45,8 +47,10 @@ class SiteRule(_Frozen):
     def _has_effect(self) -> SiteRule:
         if self.ranges is not None and self.activations in ("dynamic", "token"):
             raise ValueError(f"ranges are static, and {self.activations} activations have none")
-        if self.precision == "float" and {self.activations, self.smooth, self.ranges} != {None}:
-            raise ValueError("what stays in float takes no other field")
+        if self.precision not in (None, "w8a8") and {
+            self.activations, self.smooth, self.ranges
+        } != {None}:  # fmt: skip
+            raise ValueError(f"{self.precision} takes no other field")
         return self
 
 
@@ -119,7 +123,17 @@ class CompileConfig(_Frozen):
         smooth: SmoothQuant's migration strength α in [0, 1], ``auto`` to search it per site, or
             ``off`` (arXiv 2211.10438).
         activations: ``static`` (one scale from calibration; the paper's O3), ``dynamic`` (one scale
-            per tensor at run time; O2) or ``token`` (one scale per row at run time; O1).
+            per tensor at run time; O2), ``token`` (one scale per row at run time; O1), or ``auto``
+            to choose per site (static where the objective is ``scheme``).
+        objective: what a plan is chosen for, from times measured on this machine and damage
+            measured on this model: least ``latency``, least ``size``, least damage (``accuracy``;
+            wants a limit), or ``scheme``: every op as the scheme says, nothing measured.
+        max_kl: upper bound on the mean KL to float, nats per row, on held-back data.
+        min_speedup: lower bound on float's time over the plan's, at every timed shape.
+        max_size: upper bound on the bytes of the weights.
+        costs: file of measured times, read and added to; default one per user. A file of another
+            machine is used as it is.
+        plan_in: a plan to replay instead of choosing; `plan_out`: where to write the plan.
         ranges: how a static range is drawn from the calibration histogram.
         recipe: per-module overrides; a mapping as in a recipe file will do.
         task: a task name of optimum's, instead of the one read from the model.
@@ -136,7 +150,14 @@ class CompileConfig(_Frozen):
     samples: Annotated[int, pydantic.Field(ge=1)] = 64
     seq_len: Annotated[int, pydantic.Field(ge=2)] = 256
     smooth: Smooth = "auto"
-    activations: Activations = "static"
+    activations: Activations | Literal["auto"] = "auto"
+    objective: Objective = "latency"
+    max_kl: Annotated[float, pydantic.Field(gt=0)] | None = None
+    min_speedup: Annotated[float, pydantic.Field(gt=0)] | None = None
+    max_size: Annotated[int, pydantic.Field(ge=1)] | None = None
+    costs: Path | None = None
+    plan_in: Path | None = None
+    plan_out: Path | None = None
     ranges: RangeMethod = "minmax"
     recipe: Recipe = Recipe()
     task: str | None = None
@@ -154,13 +175,33 @@ class CompileConfig(_Frozen):
 
     @pydantic.model_validator(mode="after")
     def _ranges_have_effect(self) -> CompileConfig:
-        static = self.activations == "static" or any(
+        static = self.activations in ("static", "auto") or any(
             rule.activations == "static" for _, rule in self.recipe.rules
         )
         if self.ranges != "minmax" and not static:
             raise ValueError(
                 f"ranges {self.ranges} are static, and {self.activations} activations have none"
             )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _limits_have_effect(self) -> CompileConfig:
+        limits = (self.max_kl, self.min_speedup, self.max_size)
+        if self.objective == "accuracy" and self.min_speedup is None and self.max_size is None:
+            raise ValueError(
+                "objective accuracy alone keeps everything in float: add min_speedup or max_size"
+            )
+        if self.objective == "scheme" and limits != (None, None, None):
+            raise ValueError("objective scheme chooses nothing, so a limit has no effect")
+        if self.plan_in is not None:
+            asked = (self.objective, self.activations, self.costs) != ("latency", "auto", None)
+            if asked or limits != (None, None, None) or self.recipe.rules:
+                raise ValueError(
+                    "a plan that is replayed takes no recipe, limits, "
+                    "objective, activations or costs"
+                )
+        if self.objective == "scheme" and self.costs is not None:
+            raise ValueError("objective scheme measures nothing, so costs have no effect")
         return self
 
     # Last, so that it sees what the other validators refuse.
@@ -171,6 +212,12 @@ class CompileConfig(_Frozen):
             return check(given)
         except pydantic.ValidationError as error:
             raise ConfigError(first_problem(error)) from error
+
+    @property
+    def plans(self) -> list[str]:
+        """Names of the options given that bear on a plan alone."""
+        names = ("plan_in", "plan_out", "costs", "max_kl", "min_speedup", "max_size")
+        return [name for name in names if getattr(self, name) is not None]
 
     @property
     def wants_histograms(self) -> bool:
@@ -191,6 +238,18 @@ def parse_smooth(text: str) -> Smooth:
         return float(text)
     except ValueError as error:
         raise ConfigError(f"smooth: {text!r} is not auto, off or a number in [0, 1]") from error
+
+
+def parse_size(text: str) -> int:
+    """``20MB``, ``1.5 GB`` or a number of bytes; units are powers of ten.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"max_size: {text!r} is not a size like 20MB")
+    return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2].lower()])
 
 
 def first_problem(error: pydantic.ValidationError) -> str:

@@ -37,6 +37,10 @@ class VerificationError(QcompileError):
     """The compiled graph does not do what the plan says."""
 
 
+class PlanningError(QcompileError):
+    """No plan was found in the time that the solver has."""
+
+
 class OutputError(QcompileError):
     """The output folder exists, or cannot be written."""
 

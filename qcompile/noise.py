@@ -34,21 +34,27 @@ class WeightMoments:
     """What the prediction needs of a site's weights, all consumers side by side [K, N].
 
     Attributes:
-        squares: float64 [K], Σ_n w_jn².
+        squares: float64 [K], Σ_n w_jn² weighted by importance.
         largest: float64 [K], max_n |w_jn|.
         weights: the float32 matrix itself; step sizes δ_n depend on s row by row.
+        importance: float64 [N], how much a squared error of each output counts: E[g²] of the
+            model's divergence where it was measured, else one.
     """
 
     squares: Array
     largest: Array
     weights: Array
+    importance: Array
 
     @classmethod
-    def of(cls, weights: Array) -> WeightMoments:
+    def of(cls, weights: Array, importance: Array | None = None) -> WeightMoments:
+        if importance is None:
+            importance = np.ones(weights.shape[1])
         return cls(
-            squares=np.einsum("kn,kn->k", weights, weights, dtype=np.float64),
+            squares=np.einsum("kn,kn,n->k", weights, weights, importance, dtype=np.float64),
             largest=np.abs(weights).max(axis=1).astype(np.float64),
             weights=weights,
+            importance=importance,
         )
 
 
@@ -64,7 +70,9 @@ def output_error(
     from_activations = float(per_channel @ (weights.squares * scale**2))
     steps = np.abs(weights.weights * scale[:, None].astype(np.float32)).max(axis=0) / WEIGHT_LEVELS
     from_weights = float(
-        np.square(steps, dtype=np.float64).sum() / 12.0 * (stats.second_moment / scale**2).sum()
+        (np.square(steps, dtype=np.float64) * weights.importance).sum()
+        / 12.0
+        * (stats.second_moment / scale**2).sum()
     )
     return from_activations + from_weights
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,9 +17,13 @@ from qcompile.calibration.data import CalibrationData, check_calibration_path, l
 from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
+from qcompile.choosing import Importance, decide, scheme_choice
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
+from qcompile.limits import broken_limits, check_limits, check_plan_paths
 from qcompile.linears import find_sites
+from qcompile.measuring import measure
+from qcompile.options import find_options, require_any
 from qcompile.passes.attention_3d import AttentionTo3D
 from qcompile.passes.canonical_linear import CanonicalLinear
 from qcompile.passes.fuse_attention import FuseAttention
@@ -27,19 +33,21 @@ from qcompile.passes.fuse_rms_norm import FuseRmsNorm
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
-from qcompile.planning import choose_quantized, float_plan, plan_precision, require_any
-from qcompile.precision import PrecisionPlan
+from qcompile.planfile import PLAN, PlanFile
+from qcompile.planning import float_plan, plan_precision
+from qcompile.precision import Choice, PrecisionPlan
 from qcompile.progress import Phases, Step
 from qcompile.report import Report
 from qcompile.reporting import make_report, site_rows
 from qcompile.schemes import Scheme, get_scheme
 from qcompile.session import open_session
-from qcompile.shapes import check_shapes, timing_feeds
+from qcompile.shapes import check_shapes, default_shapes, timing_feeds
 from qcompile.smoothing import SmoothingPlan, plan_smoothing
 from qcompile.spill import release, spill
 from qcompile.staging import staged
 from qcompile.targets import Target, get_target
 from qcompile.traced import TracedModel
+from qcompile.trying import Applied, keep_within, tried_kl
 from qcompile.verify import measure_sqnr, verify
 
 CANONICALIZE: tuple[type[ir.passes.InPlacePass], ...] = (
@@ -78,6 +86,9 @@ def compile_model(
             f"scheme {scheme} quantises nothing, so a recipe has no effect",
             hint="leave the recipe out",
         )
+    if not chosen_scheme.quantizes and config.plans:
+        raise ConfigError(f"scheme {scheme} plans nothing, so {config.plans[0]} has no effect")
+    check_plan_paths(config)
     if isinstance(calibration, str | Path):
         check_calibration_path(Path(calibration))
     with staged(output, overwrite=overwrite) as (folder, work):
@@ -85,6 +96,8 @@ def compile_model(
             source, chosen_target, target, chosen_scheme, calibration, config, folder, work,
             phases or Phases(),
         )  # fmt: skip
+    if config.plan_out is not None and chosen_scheme.quantizes:
+        shutil.copyfile(output / PLAN, config.plan_out)
     return artifact.Artifact(path=output, report=report)
 
 
@@ -102,48 +115,55 @@ def _compile(
     with phases.phase("trace"):
         model = frontend.load(source, config, work)
         check_shapes(config.shapes, model)
+        check_limits(config, model)
         traced_path = work / "traced.onnx"
         run(model.ir, [pass_() for pass_ in CANONICALIZE])
         model.ir = spill(model.ir, work, "canonical")
 
     with phases.phase("data") as step:
         data = _calibration_data(calibration, model, config, scheme, work, step)
-        timed = timing_feeds(config.shapes, data.held_back[0])
+        timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
-    graph = model.ir.clone()
+    reference = model.ir.clone()
+    run(reference, target.lower(PrecisionPlan()))
+    reference_path = work / "float.onnx"
+    ir.save(reference, reference_path)
+
+    graph, decision = model.ir.clone(), None
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
     plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}")
     if scheme.quantizes:
         sites = find_sites(graph.graph)
-        chosen = choose_quantized(sites, config, target)
-        require_any(chosen, graph)
+        options = find_options(sites, config, target)
+        require_any(options, graph)
+        replayed = PlanFile.read(config.plan_in) if config.plan_in else None
+        chosen = replayed.chosen(options, sites, target) if replayed else scheme_choice(options)
         with phases.phase("calibrate") as step:
             stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
             stats = calibrate(
                 graph, sites, data.calibration, work, histogram_stride=stride, progress=step
             )
-        with phases.phase("smooth"):
-            run(graph, [Untie(name for name, choice in chosen.items() if choice.quantize)])
-            sites = find_sites(graph.graph)
-            smoothing = plan_smoothing(sites, stats, config, chosen)
-            run(graph, [SmoothQuant(smoothing)])
-            graph = spill(graph, work, "smoothed")
-            release(model.ir)
-        with phases.phase("quantize") as step:
-            plan = plan_precision(
-                find_sites(graph.graph), stats, smoothing, chosen, config, target, progress=step
-            )
-            release(graph)
+        if replayed is None and config.objective != "scheme":
+            with phases.phase("plan") as step:
+                measured = measure(
+                    model, reference_path, options, stats, data, timed, config, target, work, step
+                )
+                decision = decide(measured, config)
+                chosen = decision.chosen
+        importance = decision.measured.importance if decision is not None else None
+        apply = partial(_apply, model, stats, replayed, importance, config, target, work, phases)
+        if decision is not None and config.max_kl is not None:
+            tried = partial(tried_kl, target, traced_path, model.kind, data.held_back, work)
+            decision, (graph, smoothing, plan) = keep_within(decision, config, apply, tried, phases)
+        else:
+            graph, smoothing, plan = apply(chosen)
+        PlanFile.of(target_spec, scheme.name, plan, smoothing).write(folder / PLAN)
     rows = site_rows(stats, smoothing, plan)
     stats.clear()
     smoothed = graph.clone()
     run(graph, [Quantize(plan)])
 
     with phases.phase("lower"):
-        reference = model.ir.clone()
-        run(reference, target.lower(PrecisionPlan()))
-        reference_path = work / "float.onnx"
-        ir.save(reference, reference_path)
         run(graph, target.lower(plan))
         path = target.emit(graph, folder)
 
@@ -159,6 +179,8 @@ def _compile(
             timed,
             progress=step,
         )
+        here = decision is None or not decision.foreign(target)
+        findings.problems.extend(broken_limits(config, findings, graph, here=here))
         if findings.problems and config.strict:
             raise VerificationError(
                 "; ".join(findings.problems), hint="--no-strict writes the artifact all the same"
@@ -166,10 +188,42 @@ def _compile(
         sqnr = measure_sqnr(smoothed, path, plan, data.held_back[0], work)
 
     report = make_report(
-        model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases
-    )
+        model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases,
+        decision, config,
+    )  # fmt: skip
     artifact.complete(folder, model, target, report, plan, config, data.held_back[0], traced_path)
     return report
+
+
+def _apply(
+    model: TracedModel,
+    stats: Mapping[str, Stats],
+    replayed: PlanFile | None,
+    importance: Importance | None,
+    config: CompileConfig,
+    target: Target,
+    work: Path,
+    phases: Phases,
+    chosen: Mapping[str, Choice],
+    stem: str = "smoothed",
+) -> Applied:
+    """The graph smoothed for what was chosen, and the scales and codes that go with it."""
+    graph = model.ir.clone()
+    with phases.phase("smooth"):
+        run(graph, [Untie(name for name, choice in chosen.items() if choice.mode)])
+        alphas = replayed.smoothing if replayed is not None else None
+        smoothing = plan_smoothing(
+            find_sites(graph.graph), stats, config, chosen, alphas, importance
+        )
+        run(graph, [SmoothQuant(smoothing)])
+        graph = spill(graph, work, stem)
+        release(model.ir)
+    with phases.phase("quantize") as step:
+        plan = plan_precision(
+            find_sites(graph.graph), stats, smoothing, chosen, config, target, progress=step
+        )
+        release(graph)
+    return graph, smoothing, plan
 
 
 def _calibration_data(

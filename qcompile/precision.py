@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompile.config import Activations
+from qcompile.outliers import Split
 
 Array = npt.NDArray[Any]
+
+Precision: TypeAlias = Literal["float", "int8", "weight8", "weight4"]
+"""What an op computes with; ``weight8`` and ``weight4`` leave its activation to the kernel, which
+takes float and rounds it for itself."""
+
+Label: TypeAlias = Literal["float", "static", "dynamic", "token", "split", "weight8", "weight4"]
+"""An implementation that can be chosen for an op; a mode stands for INT8 in that mode, ``split``
+for static INT8 with outlier channels on several channels each (`qcompile.outliers`)."""
+
+LABELS: Final[tuple[Label, ...]] = get_args(Label)
+MODES: Final[tuple[Activations, ...]] = get_args(Activations)
+INT8: Final[tuple[Label, ...]] = (*MODES, "split")
+"""The labels that quantise an op's activation; ops that read one activation agree on it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,43 +35,86 @@ class ActivationQuant:
         mode: ``static``, ``dynamic`` (per tensor, at run time) or ``token`` (per row, at run time).
         scale: step between two codes, for static; else None.
         zero_point: code of the value 0, for static; else None.
-        highest: int64 [channels], the largest code each channel is planned to reach.
+        highest: int64 [channels], the largest code each channel is planned to reach; copies of
+            outlier channels included.
+        split: outlier channels and how often they are copied, or None.
     """
 
     mode: Activations
     scale: float | None
     zero_point: int | None
     highest: Array
+    split: Split | None = None
+
+    @property
+    def label(self) -> Label:
+        """The implementation of the ops that read it."""
+        return self.mode if self.split is None else "split"
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """Symmetric int8, per output channel: ``W ≈ codes * scale``.
+    """Symmetric codes, per output channel or in blocks of input channels: ``W ≈ codes * scale``.
 
     Attributes:
-        codes: int8 [K, N].
-        scale: float32 [N].
+        codes: int8 [K, N]; K counts the copies of outlier channels.
+        scale: float32 [N], or [K / block_size, N].
+        block_size: input channels that share a scale; None: all of them do.
+        bits: of a code, 8 or 4.
     """
 
     codes: Array
     scale: Array
+    block_size: int | None = None
+    bits: int = 8
+
+    def dequantized(self) -> Array:
+        """The float32 weight [K, N] that the codes stand for."""
+        scale = self.scale
+        if self.block_size is not None:
+            scale = np.repeat(scale, self.block_size, axis=0)[: len(self.codes)]
+        result: Array = self.codes * scale
+        return result
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Whether a Linear is quantised, and why."""
+    """Which implementation a Linear gets, and why."""
 
-    quantize: bool
+    label: Label
     reason: str
+
+    @property
+    def mode(self) -> Activations | None:
+        """How its activation is quantised, or None where it stays in float."""
+        if self.label == "static" or self.label == "dynamic" or self.label == "token":
+            return self.label
+        return "static" if self.label == "split" else None
+
+    @property
+    def precision(self) -> Precision:
+        if self.label == "float" or self.label == "weight8" or self.label == "weight4":
+            return self.label
+        return "int8"
 
 
 @dataclasses.dataclass(frozen=True)
 class OpPlan:
-    """One Linear's decision. `output` is the name of the value it computes."""
+    """One Linear's decision.
+
+    Attributes:
+        name: module path.
+        site: the activation that it reads.
+        precision: what computes it.
+        reason: why.
+        in_features, out_features: K and N.
+        output: name of the value it computes.
+        weight: codes and scales, where it is quantised.
+    """
 
     name: str
     site: str
-    precision: Literal["int8", "float"]
+    precision: Precision
     reason: str
     in_features: int
     out_features: int
@@ -84,7 +141,25 @@ class PrecisionPlan:
 
     @property
     def quantized(self) -> tuple[OpPlan, ...]:
-        return tuple(op for op in self.ops if op.precision == "int8")
+        """The ops whose weights are codes."""
+        return tuple(op for op in self.ops if op.precision != "float")
+
+    def only(self, name: str) -> PrecisionPlan:
+        """This plan with every op but `name` in float."""
+        op = self.op(name)
+        sites = tuple(
+            dataclasses.replace(site, ops=(name,)) for site in self.sites if name in site.ops
+        )
+        others = (dataclasses.replace(o, precision="float", weight=None) for o in self.ops)
+        return PrecisionPlan(sites, tuple(op if o.name == name else o for o in others))
+
+    def label(self, op: OpPlan) -> Label:
+        """What was chosen for `op`."""
+        if op.precision != "int8":
+            return op.precision
+        site = self.site(op.site)
+        assert site is not None
+        return site.activation.label
 
     def site(self, name: str) -> SitePlan | None:
         """The decision for the site `name`, or None where nothing reads it quantised."""
@@ -109,6 +184,7 @@ class PrecisionPlan:
             row: dict[str, Any] = {
                 "name": op.name,
                 "precision": op.precision,
+                "label": self.label(op),
                 "reason": op.reason,
                 "shape": [op.in_features, op.out_features],
                 "site": op.site,

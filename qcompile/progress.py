@@ -42,7 +42,8 @@ class Phases:
                     last = progress.tasks[0]
                     progress.update(task, completed=last.total)
         finally:
-            self.seconds[name] = round(time.perf_counter() - start, 3)
+            spent = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.seconds[name] = round(spent, 3)
 
 
 def _ignore(done: int, total: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import pydantic
 
 from qcompile.errors import ModelError
+from qcompile.precision import Label, Precision
 
 M = TypeVar("M", bound=pydantic.BaseModel)
 
@@ -37,6 +39,77 @@ class SiteRow(_Model):
     zero_point: int | None
 
 
+class CandidateRow(_Model):
+    """One implementation that an op could have had.
+
+    Attributes:
+        label: ``float``, an INT8 mode (``static``, ``dynamic``, ``token``) or a weight-only form.
+        microseconds: of the kernel alone, at each shape of `Planning.shapes`.
+        conversion: microseconds to quantise the activation, shared by all ops that read it.
+        damage: its part of the output's divergence, estimated.
+        bytes: of the weight.
+        chosen: whether it is in the plan.
+    """
+
+    label: Label
+    microseconds: list[float]
+    conversion: list[float] | None
+    damage: float
+    bytes: int
+    chosen: bool
+
+
+class FrontRow(_Model):
+    """A plan that no other beats in both predicted time and predicted damage.
+
+    Attributes:
+        speed: predicted, relative to float, at each shape.
+        damage: predicted.
+        bytes: of all weights.
+        ops: number of ops by label.
+        changes: ops whose label differs from the chosen plan's, with the label here.
+    """
+
+    speed: list[float]
+    damage: float
+    bytes: int
+    ops: dict[str, int]
+    changes: dict[str, Label]
+
+
+class Planning(_Model):
+    """How the precision of every op was chosen.
+
+    Attributes:
+        objective: what was minimised, and the limits that were set.
+        shapes: (batch, sequence) that were timed.
+        unit: of damage.
+        speed: predicted for the chosen plan, relative to float, at each shape.
+        damage: predicted for the chosen plan.
+        bytes: of all weights of the chosen plan.
+        method: ``cut`` (exact) or ``milp``.
+        gap: how far from the optimum the plan may be, relative.
+        measured: times taken for this compilation; the others were in the table.
+        machine: where times were taken.
+        sensitivity: how damage was found.
+        front: the Pareto front, fastest first.
+    """
+
+    objective: str
+    limits: dict[str, float]
+    shapes: list[tuple[int, int]]
+    unit: str
+    speed: list[float]
+    damage: float
+    bytes: int
+    method: str
+    gap: float
+    measured: int
+    machine: dict[str, str]
+    sensitivity: str
+    front: list[FrontRow]
+
+
 class OpRow(_Model):
     """One Linear: precision, why, what really runs it, and its error at its output.
 
@@ -46,9 +119,10 @@ class OpRow(_Model):
     """
 
     name: str
-    precision: Literal["int8", "float"]
+    precision: Precision
     reason: str
     shape: tuple[int, int]
+    candidates: list[CandidateRow] = []
     kernel: str | None = None
     sqnr_db: float | None = None
     saturation_safe: str | None = None
@@ -94,19 +168,19 @@ class Report(_Model):
     sites: list[SiteRow] = []
     ops: list[OpRow] = []
     leftovers: list[LeftoverRow] = []
+    planning: Planning | None = None
     seconds: dict[str, float] = {}
 
     @property
     def ops_by_precision(self) -> dict[str, int]:
-        counts = {"int8": 0, "float": 0}
-        for op in self.ops:
-            counts[op.precision] += 1
-        return counts
+        counts = Counter({"int8": 0, "float": 0})
+        counts.update(op.precision for op in self.ops)
+        return dict(counts)
 
     def summary(self) -> dict[str, Any]:
         """What `--json` prints."""
         return {
-            **self.model_dump(exclude={"sites", "ops", "leftovers", "kernels"}),
+            **self.model_dump(exclude={"sites", "ops", "leftovers", "kernels", "planning"}),
             "ops_by_precision": self.ops_by_precision,
         }
 

@@ -8,10 +8,13 @@ import numpy as np
 
 from qcompile.calibration.data import CalibrationData
 from qcompile.calibration.stats import Stats, Summary
+from qcompile.choosing import Decision
+from qcompile.config import CompileConfig
+from qcompile.explaining import candidate_rows, planning_row
 from qcompile.leftovers import find_leftovers
 from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.progress import Phases
-from qcompile.report import LeftoverRow, OpRow, Report, SiteRow, SummaryRow
+from qcompile.report import CandidateRow, LeftoverRow, OpRow, Report, SiteRow, SummaryRow
 from qcompile.schemes import Scheme
 from qcompile.smoothing import SmoothingPlan
 from qcompile.targets.base import Target
@@ -32,6 +35,8 @@ def make_report(
     findings: Verification,
     sqnr: Mapping[str, float],
     phases: Phases,
+    decision: Decision | None,
+    config: CompileConfig,
 ) -> Report:
     """The report of one compilation; sizes are filled in when the artifact is complete."""
     warnings = list(data.warnings) if scheme.quantizes else []
@@ -43,6 +48,16 @@ def make_report(
         for speed in findings.speed
         if scheme.quantizes and speed.ratio < 0.95
     ]
+    if decision is not None and not plan.quantized:
+        warnings.append(
+            "every op stays in float: no other plan is better for the objective and the limits"
+        )
+    if decision is not None and decision.foreign(target):
+        warnings.append(
+            "the plan was made from times of another machine: "
+            + ", ".join(decision.measured.machine.values())
+        )
+    candidates = candidate_rows(decision) if decision is not None else {}
     return Report(
         model=model.name,
         task=model.task,
@@ -61,7 +76,8 @@ def make_report(
         speed=findings.speed,
         kernels=findings.kernels.counts,
         sites=sites,
-        ops=[_op_row(op, plan, findings, sqnr) for op in plan.ops],
+        ops=[_op_row(op, plan, findings, sqnr, candidates.get(op.name, [])) for op in plan.ops],
+        planning=planning_row(decision, config, model.kind) if decision is not None else None,
         leftovers=[
             LeftoverRow(name=left.name, op=left.op, reason=left.reason)
             for left in (find_leftovers(model.ir.graph) if scheme.quantizes else ())
@@ -94,13 +110,18 @@ def _site_row(name: str, smoothing: SmoothingPlan, stats: Stats, plan: Precision
 
 
 def _op_row(
-    op: OpPlan, plan: PrecisionPlan, findings: Verification, sqnr: Mapping[str, float]
+    op: OpPlan,
+    plan: PrecisionPlan,
+    findings: Verification,
+    sqnr: Mapping[str, float],
+    candidates: list[CandidateRow],
 ) -> OpRow:
     return OpRow(
         name=op.name,
         precision=op.precision,
         reason=op.reason,
         shape=(op.in_features, op.out_features),
+        candidates=candidates,
         kernel=findings.kernels.by_name.get(op.name),
         sqnr_db=sqnr.get(op.name),
         saturation_safe=_saturation(op, plan),
@@ -110,9 +131,9 @@ def _op_row(
 def _saturation(op: OpPlan, plan: PrecisionPlan) -> str | None:
     """What inputs the 16-bit sums of a kernel without VNNI are exact for."""
     site = plan.site(op.site)
-    if op.weight is None or site is None:
+    if op.precision != "int8" or op.weight is None or site is None:
         return None
-    if violations(op.weight.codes, np.full(op.in_features, 255)) == 0:
+    if violations(op.weight.codes, np.full(len(op.weight.codes), 255)) == 0:
         return "always"
     if violations(op.weight.codes, site.activation.highest) == 0:
         return "calibrated range"

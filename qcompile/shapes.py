@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qcompile.config import Shape
 from qcompile.errors import ConfigError
+from qcompile.session import open_session
 from qcompile.traced import Batch, TracedModel
+
+_PROMPT: Final = 128
 
 _ONE: Final = re.compile(r"([1-9]\d*)[x×]([1-9]\d*)")
 
@@ -53,6 +59,20 @@ def check_shapes(shapes: Sequence[Shape], model: TracedModel) -> None:
             )
 
 
+def default_shapes(model: TracedModel) -> tuple[Shape, ...]:
+    """One prompt, and one decode step of what generates; none where inputs are no tokens."""
+    free = all(
+        len(spec.shape) == 2
+        and np.issubdtype(spec.dtype, np.integer)
+        and not any(isinstance(dim, int) for dim in spec.shape)
+        for spec in model.inputs
+    )
+    if not free or model.kind == "other":
+        return ()
+    prompt = (1, min(_PROMPT, model.max_length or _PROMPT))
+    return (prompt, (1, 1)) if model.kind == "text-generation" else (prompt,)
+
+
 def timing_feeds(shapes: Sequence[Shape], held_back: Batch) -> list[Batch]:
     """One feed a shape: the first held-back sample, repeated and cut, without padding.
 
@@ -74,3 +94,40 @@ def _filled(name: str, value: np.ndarray, batch: int, sequence: int) -> np.ndarr
     else:
         row = np.resize(value[0], sequence)
     return np.tile(row, (batch, 1))
+
+
+def rows_of(
+    model: ir.Model, values: Mapping[str, str], feeds: Sequence[Batch], work: Path
+) -> dict[str, list[int]]:
+    """Rows, the product of all axes but the last, of some values on each feed.
+
+    Args:
+        model: the graph; it is cloned.
+        values: key -> name of a value.
+        feeds: to run on.
+        work: the folder that holds the graph's external weights.
+
+    Returns:
+        key -> rows, one for each feed.
+    """
+    clone = model.clone()
+    found = ir.convenience.create_value_mapping(clone.graph)
+    clone.graph.outputs.clear()
+    for at, name in enumerate(values.values()):
+        tape = ir.tape.Tape()
+        shape = tape.op("Shape", [found[name]])
+        shape.name, shape.dtype = f"rows.{at}", ir.DataType.INT64
+        clone.graph.extend(list(tape.nodes))
+        clone.graph.outputs.append(shape)
+    RemoveUnusedNodesPass()(clone)
+    path = work / "rows.onnx"
+    ir.save(clone, path)
+    session = open_session(path)
+    path.unlink()
+    wanted = [i.name for i in session.get_inputs()]
+    rows: dict[str, list[int]] = {key: [] for key in values}
+    for feed in feeds:
+        shapes = session.run(None, {name: feed[name] for name in wanted})
+        for key, shape in zip(values, shapes, strict=True):
+            rows[key].append(int(np.prod(shape[:-1])))
+    return rows

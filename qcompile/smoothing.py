@@ -89,14 +89,18 @@ def plan_smoothing(
     stats: Mapping[str, Stats],
     config: CompileConfig,
     chosen: Mapping[str, Choice],
+    replayed: Mapping[str, float | None] | None = None,
+    importance: Mapping[str, Array] | None = None,
 ) -> SmoothingPlan:
     """Decide α per site.
 
     Args:
         sites: in graph order.
         stats: by site name, with histograms.
-        config: `smooth`, `activations` and the recipe.
+        config: `smooth` and the recipe.
         chosen: which Linears are going to be INT8; a site without any is left alone.
+        replayed: α by site, of an earlier plan, in place of `smooth`.
+        importance: of the outputs of every Linear, float64 [N], by name; None: all count alike.
     """
     linears = [linear for site in sites for linear in site.linears]
     # What later folds do to a weight's output columns, by Linear. Sites are planned last to first:
@@ -104,7 +108,10 @@ def plan_smoothing(
     columns: dict[str, Array] = {}
     entries: list[Smoothing] = []
     for site in reversed(sites):
-        entry = _plan_site(site, linears, stats[site.name], config, columns, chosen)
+        smooth = _smooth_of(site, config, replayed or {})
+        forced = site.name in (replayed or {})
+        counts = _importance(site, columns, importance) if importance is not None else None
+        entry = _plan_site(site, linears, stats[site.name], smooth, forced, columns, chosen, counts)
         entries.append(entry)
         producer = entry.producer
         if producer is not None and producer.kind == "linear":
@@ -117,17 +124,18 @@ def _plan_site(
     site: Site,
     linears: list[Linear],
     stats: Stats,
-    config: CompileConfig,
+    smooth: Smooth,
+    forced: bool,
     columns: Mapping[str, Array],
     chosen: Mapping[str, Choice],
+    importance: Array | None,
 ) -> Smoothing:
     nothing = Smoothing(site.name, None, "", np.ones(site.channels))
-    planned = [linear for linear in site.linears if chosen[linear.name].quantize]
+    planned = [linear for linear in site.linears if chosen[linear.name].mode is not None]
     if not planned:
         return dataclasses.replace(nothing, reason="not quantised")
-    rule = config.recipe.rule_for(planned[0].name)
-    smooth: Smooth = rule.smooth if rule.smooth is not None else config.smooth
-    activations = rule.activations or config.activations
+    activations = chosen[planned[0].name].mode
+    assert activations is not None
     if smooth == "off":
         return dataclasses.replace(nothing, reason="off, as asked")
     producer = find_producer(site, linears)
@@ -138,7 +146,7 @@ def _plan_site(
         if not producer.insertable:
             return dataclasses.replace(nothing, reason=f"refused: {producer.reason}")
         producer = inserted_mul(site)
-    weights = WeightMoments.of(_stacked(site, columns))
+    weights = WeightMoments.of(_stacked(site, columns), importance)
     groups = producer.channels
     candidates: dict[float | None, Array] = {None: np.ones(site.channels)}
     for alpha in ALPHAS if smooth == "auto" else (float(smooth),):
@@ -151,7 +159,7 @@ def _plan_site(
     predicted = f"{gain:.2f} of the unsmoothed"
     reason = f"least predicted output error, {predicted}" if smooth == "auto" else "as asked"
     if refusal is not None:
-        if gain > PAYS:
+        if gain > PAYS and not forced:
             return dataclasses.replace(
                 nothing, reason=f"refused: {refusal}; a Mul would not pay (error {predicted})"
             )
@@ -168,6 +176,29 @@ def _plan_site(
         producer_scale=producer_scale,
         consumers=tuple(linear.name for linear in site.linears),
     )
+
+
+def _importance(site: Site, columns: Mapping[str, Array], importance: Mapping[str, Array]) -> Array:
+    """Of the outputs of all consumers side by side, [ΣN], as later folds leave their columns."""
+    parts = []
+    for linear in site.linears:
+        counts = importance.get(linear.name, np.zeros(linear.out_features))
+        divisor = columns.get(linear.name)
+        # An output that was divided by s moves the model s times as much.
+        parts.append(counts if divisor is None else counts * np.square(divisor))
+    stacked = np.concatenate(parts)
+    mean = float(stacked.mean())
+    result: Array = stacked / mean if mean > 0 else np.ones(len(stacked))
+    return result
+
+
+def _smooth_of(site: Site, config: CompileConfig, replayed: Mapping[str, float | None]) -> Smooth:
+    if site.name in replayed:
+        alpha = replayed[site.name]
+        return "off" if alpha is None else alpha
+    # Those of its Linears that are quantised agree: `find_options` has checked.
+    rules = [config.recipe.rule_for(linear.name).smooth for linear in site.linears]
+    return next((rule for rule in rules if rule is not None), config.smooth)
 
 
 def smoothing_scale(

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from qcompile.artifact import Artifact
-from qcompile.report import Report
+from qcompile.precision import LABELS
+from qcompile.report import CandidateRow, Planning, Report
 from qcompile.targets import Target
 
 _FIGURES = {
@@ -72,6 +73,8 @@ def print_ops(report: Report, console: Console) -> None:
     for row in report.leftovers:
         ops.add_row(escape(row.name), "", "float", "", "", "", f"{row.op}: {escape(row.reason)}")
     console.print(ops)
+    if report.planning is not None:
+        _print_planning(report, report.planning, console)
     if not report.sites:
         return
     sites = Table(title="activations, before → after smoothing")
@@ -90,10 +93,58 @@ def print_ops(report: Report, console: Console) -> None:
     console.print(sites)
 
 
+def _print_planning(report: Report, planning: Planning, console: Console) -> None:
+    """What every op was chosen from, then the front, with the chosen plan's place on it."""
+    shapes = ", ".join(f"{batch}×{length}" for batch, length in planning.shapes)
+    table = Table(title=f"candidates: microseconds at {shapes} (estimated {planning.unit})")
+    labels = [k for k in LABELS if any(c.label == k for op in report.ops for c in op.candidates)]
+    for column in ("module", *labels):
+        table.add_column(column, overflow="fold")
+    for op in report.ops:
+        cells = {row.label: row for row in op.candidates}
+        table.add_row(escape(op.name), *(_candidate(cells.get(label)) for label in labels))
+    console.print(table)
+    limits = "".join(f", {name} {value:g}" for name, value in planning.limits.items())
+    front = Table(title=f"predicted speed against {planning.unit}: {planning.objective}{limits}")
+    for column in ("", "speed", planning.unit, "weights", "ops", "change from the plan"):
+        front.add_column(column, overflow="fold")
+    points = [(p.speed, p.damage, p.bytes, p.ops, p.changes) for p in planning.front]
+    if all(changes for *_, changes in points):
+        own = Counter[str](c.label for op in report.ops for c in op.candidates if c.chosen)
+        points.append((planning.speed, planning.damage, planning.bytes, {**own}, {}))
+    for speed, damage, size, counts, changes in sorted(points, key=lambda p: p[1], reverse=True):
+        front.add_row(
+            "" if changes else "→",
+            ", ".join(f"{ratio:.2f}" for ratio in speed),
+            f"{damage:.3g}",
+            _megabytes(size),
+            ", ".join(f"{n} {label}" for label, n in counts.items()),
+            escape(_listed(changes)) if changes else "the plan",
+        )
+    console.print(front)
+    gap = "exact" if planning.gap == 0.0 else f"within {planning.gap:.1e} of the optimum"
+    console.print(f"solved by {planning.method}, {gap}; {planning.measured} times taken for it")
+    console.print(f"{planning.unit} of an op: {escape(planning.sensitivity)}")
+
+
+def _candidate(row: CandidateRow | None) -> str:
+    if row is None:
+        return ""
+    times = ", ".join(f"{t:.4g}" for t in row.microseconds)
+    text = f"{times} ({row.damage:.1e})" if row.damage else times
+    return f"[bold]{text}[/]" if row.chosen else text
+
+
+def _listed(changes: Mapping[str, str]) -> str:
+    shown = [f"{name}: {label}" for name, label in list(changes.items())[:3]]
+    more = len(changes) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
 def targets_table(targets: Mapping[str, type[Target]]) -> Table:
     """Every target and its capability table."""
     table = Table()
-    for column in ("target", "op", "activations", "weights", "kernel", "note"):
+    for column in ("target", "op", "form", "weights", "kernel", "note"):
         table.add_column(column, overflow="fold")
     for name, target in targets.items():
         variants = f"\n({name}:{'|'.join(target.variants)})" if target.variants else ""
@@ -101,7 +152,7 @@ def targets_table(targets: Mapping[str, type[Target]]) -> Table:
             table.add_row(
                 f"{name}{variants}\n{target.summary}" if at == 0 else "",
                 row.op,
-                row.activations,
+                row.label,
                 row.weights,
                 row.kernel,
                 row.note,

@@ -1,10 +1,10 @@
-"""Speed, as a ratio of two sessions run in turn in one process."""
+"""Times of things that run in turn in one process: ratios, or medians until they are steady."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnxruntime as ort
@@ -45,3 +45,52 @@ def speed_ratio(
 def _runner(session: ort.InferenceSession, feed: Mapping[str, Any]) -> Any:
     wanted = {i.name: feed[i.name] for i in session.get_inputs()}
     return lambda: session.run(None, wanted)
+
+
+def steady_medians(
+    runs: Mapping[str, Callable[[], Any]],
+    *,
+    precision: float = 0.01,
+    seconds: float = 2.0,
+    min_rounds: int = 5,
+    max_rounds: int = 100,
+) -> dict[str, float]:
+    """Median seconds of each of `runs`, taken in turn until all medians are steady.
+
+    Args:
+        runs: what to time, by name.
+        precision: a median is steady once its standard error, read off the quartiles, is this part
+            of it or less.
+        seconds: the most to spend on all together, about; `min_rounds` are run in any case, but of
+            what takes more than twice as long as the quickest only three.
+        min_rounds, max_rounds: bounds on the rounds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    end = time.perf_counter() + seconds
+    active = list(runs)
+    while active:
+        for name in active:
+            start = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - start)
+        rounds = max(len(taken) for taken in times.values())
+        quickest = min(statistics.median(taken) for taken in times.values())
+        late = time.perf_counter() > end or rounds >= max_rounds
+        active = [
+            name
+            for name in active
+            if not (rounds >= min_rounds and (late or _is_steady(times[name], precision)))
+            and not (rounds >= 3 and min(times[name]) > 2.0 * quickest)
+        ]
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def _is_steady(times: Sequence[float], precision: float) -> bool:
+    if len(times) < 2:
+        return True
+    low, middle, high = statistics.quantiles(times, n=4)
+    # Of normal draws: the median's standard error is 1.25 deviations / √n, the quartiles' distance
+    # 1.35 deviations.
+    return bool(1.25 * (high - low) / 1.35 / len(times) ** 0.5 <= precision * middle)

@@ -10,8 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompile.config import Activations
-from qcompile.precision import OpPlan, PrecisionPlan
+from qcompile.precision import Label, OpPlan, PrecisionPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +19,14 @@ class Capability:
 
     Attributes:
         op: canonical op type.
-        activations: how the activation is quantised.
+        label: the implementation; an INT8 one is called by how its activation is quantised.
         weights: dtype and granularity of the weight.
         kernel: op type, with its domain, expected in the optimised graph.
         note: what a user should know.
     """
 
     op: str
-    activations: Activations
+    label: Label
     weights: str
     kernel: str
     note: str = ""
@@ -64,6 +63,10 @@ class Target(abc.ABC):
         """What was found out about the machine and the runtime, for the artifact's record."""
 
     @abc.abstractmethod
+    def machine(self) -> dict[str, str]:
+        """What measured times depend on: two machines of one description share a table."""
+
+    @abc.abstractmethod
     def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
         """The passes that replace canonical and Q/DQ patterns by this target's kernels."""
 
@@ -75,9 +78,9 @@ class Target(abc.ABC):
     def emit(self, model: ir.Model, folder: Path) -> Path:
         """Write ``model.onnx`` and its external data; return the path of the graph."""
 
-    def capability(self, op: str, activations: Activations) -> Capability | None:
-        """The row for `op` with `activations`, or None where the target has no kernel."""
+    def capability(self, op: str, label: Label) -> Capability | None:
+        """The row for `op` as `label`, or None where the target has no kernel."""
         for row in self.capabilities:
-            if (row.op, row.activations) == (op, activations):
+            if (row.op, row.label) == (op, label):
                 return row
         return None

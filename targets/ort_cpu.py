@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,15 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import InlinePass
 from qcompile.passes.integer_matmul import CONTRIB, KERNEL, IntegerMatMul
+from qcompile.passes.weight_only import KERNEL as NBITS
+from qcompile.passes.weight_only import WeightOnlyMatMul
 from qcompile.targets.base import Capability, Target
 
-from qcompile.config import Activations
 from qcompile.errors import ConfigError
-from qcompile.precision import OpPlan, PrecisionPlan
+from qcompile.precision import Label, OpPlan, PrecisionPlan
 
 _KERNEL: Final = f"{CONTRIB}.{KERNEL}"
+_NBITS_KERNEL: Final = f"{CONTRIB}.{NBITS}"
 _DYNAMIC_KERNEL: Final = f"{CONTRIB}.DynamicQuantizeMatMul"
 
 
@@ -49,6 +52,21 @@ class OrtCpu(Target):
             _KERNEL,
             "the kernel has no scale per row: three float passes around it",
         ),
+        Capability(
+            "MatMul",
+            "split",
+            "int8 per output channel",
+            _KERNEL,
+            "static, with outlier channels on several channels each",
+        ),
+        Capability(
+            "MatMul",
+            "weight8",
+            "int8 per block of 32",
+            _NBITS_KERNEL,
+            "activations to int8 per block inside the kernel; slower than float at many rows",
+        ),
+        Capability("MatMul", "weight4", "int4 per block of 32", _NBITS_KERNEL, "as weight8"),
     )
 
     def __init__(self, variant: str = "") -> None:
@@ -82,17 +100,30 @@ class OrtCpu(Target):
             "host_u8s8_saturates": host_saturates(),
             "target_u8s8_saturates": self.saturates,
             "onnxruntime": ort.__version__,
-            "kernels": {_KERNEL: has_kernel(KERNEL, CONTRIB)},
+            "kernels": {f"{CONTRIB}.{name}": has_kernel(name, CONTRIB) for name in (KERNEL, NBITS)},
+        }
+
+    def machine(self) -> dict[str, str]:
+        return {
+            "target": self.name,
+            "processor": _processor(),
+            "threads": str(_threads()),
+            "onnxruntime": ort.__version__,
+            "u8s8": "saturates" if host_saturates() else "exact",
         }
 
     def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
-        return (IntegerMatMul(), InlinePass())
+        return (IntegerMatMul(), WeightOnlyMatMul(), InlinePass())
 
-    def capability(self, op: str, activations: Activations) -> Capability | None:
+    def capability(self, op: str, label: Label) -> Capability | None:
         # The table is what ONNX Runtime documents; a reduced build may lack the kernel.
-        return super().capability(op, activations) if has_kernel(KERNEL, CONTRIB) else None
+        row = super().capability(op, label)
+        domain, _, kernel = row.kernel.rpartition(".") if row is not None else ("", "", "")
+        return row if has_kernel(kernel, domain) else None
 
     def kernels_for(self, op: OpPlan, plan: PrecisionPlan) -> tuple[str, ...]:
+        if op.precision != "int8":
+            return (_NBITS_KERNEL,)
         site = plan.site(op.site)
         if site is not None and site.activation.mode == "dynamic":
             # ONNX Runtime joins the two where a dynamic activation has one reader.
@@ -128,6 +159,13 @@ def host_saturates() -> bool:
         },
     )[0]
     return bool((product != 255 * 127 * depth).any())
+
+
+def _threads() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _kernel_session() -> ort.InferenceSession:

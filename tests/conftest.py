@@ -13,10 +13,12 @@ import hypothesis
 import pytest
 
 import qcompile
+import qcompile.measuring
 import qcompile.verify
 from qcompile import cli
 from qcompile.timing import speed_ratio
 from tests.cli_runner import Outcome, RunCli
+from tests.imagined_times import ImaginedTimes
 
 # Examples are drawn alike in every run, and a busy machine is no failure.
 hypothesis.settings.register_profile("qcompile", deadline=None, derandomize=True)
@@ -39,6 +41,18 @@ def _short_timing() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         quick = functools.partial(speed_ratio, seconds=0.1, min_rounds=2)
         patch.setattr(qcompile.verify, "speed_ratio", quick)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _times_that_do_not_vary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans must not depend on how busy the machine is: INT8 takes half of float's time, always.
+
+    Where times are kept is the tests' own folder, too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qcompile.measuring, "Prober", ImaginedTimes)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

@@ -22,6 +22,7 @@ from qcompile.artifact import (
     read_sample,
 )
 from qcompile.errors import ModelError
+from qcompile.planfile import PLAN
 from qcompile.report import Report
 
 
@@ -37,6 +38,7 @@ def test_the_folder_holds_everything(compiled_tiny: qcompile.Artifact, tiny_opt:
     assert names == {
         GRAPH,
         f"{GRAPH}.data",
+        PLAN,
         RECORD,
         REPORT,
         SAMPLE,

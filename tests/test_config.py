@@ -31,7 +31,8 @@ def test_defaults_are_those_of_the_command_line() -> None:
     config = CompileConfig()
     assert config == CompileConfig()
     assert (config.samples, config.seq_len, config.smooth) == (64, 256, "auto")
-    assert (config.activations, config.ranges, config.seed) == ("static", "minmax", 0)
+    assert (config.activations, config.ranges, config.seed) == ("auto", "minmax", 0)
+    assert config.objective == "latency"
     assert config.strict
     assert not config.trust_remote_code
 
@@ -134,7 +135,10 @@ def test_the_last_rule_that_matches_wins_field_by_field() -> None:
     ("rule", "problem"),
     [
         ({"activations": "token", "ranges": "mse"}, "token activations have none"),
-        ({"precision": "float", "smooth": 0.5}, "what stays in float takes no other field"),
+        (
+            {"precision": "float", "smooth": 0.5},
+            "float takes no other field",
+        ),
     ],
 )
 def test_a_rule_without_effect(rule: dict[str, object], problem: str) -> None:
@@ -197,7 +201,7 @@ def test_a_truth_value_is_no_alpha(tmp_path: Path, value: str) -> None:
         {"activations": "never"},
         {"ranges": "max"},
         {"smooth": 2},
-        "w4a16",
+        "w4a4",
         None,
         ["float"],
         8,

@@ -12,11 +12,11 @@ from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile import smoothing
 from qcompile.calibration.run import calibrate
 from qcompile.calibration.stats import Stats
-from qcompile.config import CompileConfig, Recipe
+from qcompile.config import Activations, CompileConfig, Recipe
 from qcompile.linears import Site, find_sites
 from qcompile.noise import WeightMoments, output_error
 from qcompile.planning import weight_of
-from qcompile.precision import Choice, uint8_affine
+from qcompile.precision import MODES, Choice, uint8_affine
 from qcompile.smoothing import (
     ALPHAS,
     Smoothing,
@@ -67,14 +67,16 @@ def statistics(model: ir.Model, folder: Path, x: np.ndarray = X) -> dict[str, St
     return calibrate(model, find_sites(model.graph), [{"x": x}], folder, histogram_stride=1)
 
 
-def everything(sites: list[Site]) -> dict[str, Choice]:
-    return {linear.name: Choice(True, "test") for site in sites for linear in site.linears}
+def everything(sites: list[Site], mode: Activations = "static") -> dict[str, Choice]:
+    return {linear.name: Choice(mode, "test") for site in sites for linear in site.linears}
 
 
 def plan(model: ir.Model, folder: Path, config: CompileConfig | None = None) -> SmoothingPlan:
     sites = find_sites(model.graph)
     stats = statistics(model, folder)
-    return plan_smoothing(sites, stats, config or CompileConfig(), everything(sites))
+    config = config or CompileConfig()
+    mode = "static" if config.activations == "auto" else config.activations
+    return plan_smoothing(sites, stats, config, everything(sites, mode))
 
 
 def entry_of(plan: SmoothingPlan, site: str) -> Smoothing:
@@ -227,10 +229,10 @@ def test_statistics_after_smoothing_are_those_of_the_smoothed_graph(tmp_path: Pa
         np.testing.assert_allclose(scaled.second_moment, after.second_moment, rtol=1e-4)
 
 
-@pytest.mark.parametrize("activations", ["static", "dynamic", "token"])
+@pytest.mark.parametrize("activations", MODES)
 @pytest.mark.parametrize("outlier", [1.0, 8.0, 64.0])
 def test_auto_never_predicts_more_error_than_off(
-    activations: str, outlier: float, tmp_path: Path
+    activations: Activations, outlier: float, tmp_path: Path
 ) -> None:
     outliers = np.ones(C, np.float32)
     outliers[5] = outlier
@@ -245,7 +247,7 @@ def test_auto_never_predicts_more_error_than_off(
         def error(
             scale: np.ndarray, seen: Stats = stats[site.name], of: WeightMoments = weights
         ) -> float:
-            return output_error(seen, of, scale, config.activations)
+            return output_error(seen, of, scale, activations)
 
         chosen = error(entry_of(found, site.name).scale)
         assert chosen <= error(np.ones(site.channels)) * (1 + 1e-6)
@@ -255,8 +257,8 @@ def test_auto_never_predicts_more_error_than_off(
             assert chosen <= error(other) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("activations", ["static", "dynamic", "token"])
-def test_an_outlier_channel_is_smoothed(activations: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", MODES)
+def test_an_outlier_channel_is_smoothed(activations: Activations, tmp_path: Path) -> None:
     model = mlp()
     config = CompileConfig.model_validate({"smooth": "auto", "activations": activations})
     entry = entry_of(plan(model, tmp_path, config), "fc1")
@@ -266,8 +268,8 @@ def test_an_outlier_channel_is_smoothed(activations: str, tmp_path: Path) -> Non
     assert entry.reason.startswith("least predicted output error, ")
     stats = statistics(model, tmp_path)["fc1"]
     weights = WeightMoments.of(initializer(model, "w1"))
-    after = output_error(stats, weights, entry.scale, config.activations)
-    before = output_error(stats, weights, np.ones(C), config.activations)
+    after = output_error(stats, weights, entry.scale, activations)
+    before = output_error(stats, weights, np.ones(C), activations)
     assert after < before / 50
 
 
@@ -378,7 +380,7 @@ def test_off(tmp_path: Path) -> None:
 def test_a_site_that_stays_in_float_is_left_alone(tmp_path: Path) -> None:
     model = mlp()
     sites = find_sites(model.graph)
-    chosen = everything(sites) | {"fc1": Choice(False, "recipe")}
+    chosen = everything(sites) | {"fc1": Choice("float", "recipe")}
     found = plan_smoothing(sites, statistics(model, tmp_path), CompileConfig(smooth=0.5), chosen)
     assert entry_of(found, "fc1").reason == "not quantised"
     assert entry_of(found, "fc2").alpha == 0.5

@@ -18,11 +18,13 @@ from qcompile.targets import Capability, Target, available, get_target
 from qcompile.targets.ort_cpu import OrtCpu, has_kernel, host_saturates
 
 from qcompile.calibration.run import calibrate
+from qcompile.choosing import scheme_choice
 from qcompile.config import Activations, CompileConfig
 from qcompile.errors import ConfigError
 from qcompile.kernels import expected_kernels, read_back
 from qcompile.linears import find_sites
-from qcompile.planning import HEADROOM, choose_quantized, plan_precision
+from qcompile.options import find_options
+from qcompile.planning import HEADROOM, plan_precision
 from qcompile.precision import PrecisionPlan, QuantizedWeight
 from qcompile.smoothing import plan_smoothing
 from qcompile.weights import quantize_weight, violations
@@ -104,7 +106,7 @@ def test_probe_says_what_host_it_is() -> None:
     assert found["host_u8s8_saturates"] is host_saturates()
     assert found["target_u8s8_saturates"] is False
     assert found["onnxruntime"] == ort.__version__
-    assert found["kernels"] == {f"{CONTRIB}.{KERNEL}": True}
+    assert found["kernels"] == {f"{CONTRIB}.{name}": True for name in (KERNEL, "MatMulNBits")}
     assert get_target("ort-cpu").probe()["variant"] == "host"
 
 
@@ -258,7 +260,7 @@ def compiled(
     model.graph[0].name = "model.fc"
     sites, config = find_sites(model.graph), CompileConfig(activations=mode, smooth="off")
     stats = calibrate(model, sites, [{"x": x}], folder)
-    chosen = choose_quantized(sites, config, target)
+    chosen = scheme_choice(find_options(sites, config, target))
     unsmoothed = plan_smoothing(sites, stats, config, chosen)
     plan = plan_precision(sites, stats, unsmoothed, chosen, config, target)
     for pass_ in [Quantize(plan), *target.lower(plan)]:

@@ -1,0 +1,266 @@
+"""Choose an implementation for every op: what was measured, as a labelling problem, and its answer.
+
+A plan's predicted time at a shape is that of the float model, less its float Linears, plus the
+chosen ones and the conversions that they share; its predicted damage is the sum of its ops'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.config import CompileConfig
+from qcompile.errors import ConfigError
+from qcompile.labelling import Cost, Item, Problem, Solution, front, solve
+from qcompile.linears import Linear, Site
+from qcompile.options import Options
+from qcompile.precision import INT8, Choice, Label
+from qcompile.sensitivity import Damage
+from qcompile.targets.base import Target
+from qcompile.weight_blocks import BLOCK_SIZE
+
+Importance: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
+
+TIE: Final = 0.01
+"""The damage of the scheme's own plan counts as this part of the float model's time: no accuracy is
+given away for a gain within the noise of timing."""
+
+MARGIN: Final = 0.98
+"""Part of a limit on KL that a prediction may fill: the sum of the ops' parts is not exact."""
+
+SPEED_MARGIN: Final = 1.03
+"""A plan is wanted this much faster than a limit: it is measured again when it is built."""
+
+SECOND: Final = 1e-3
+"""Weight of the time where another objective comes first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a choice rests on.
+
+    Attributes:
+        sites: of the canonical graph.
+        options: of every Linear.
+        shapes: (batch, sequence) that were timed.
+        float_times: seconds of the whole float model at each.
+        times: op -> label -> seconds at each, without conversions.
+        conversions: site -> mode -> seconds at each.
+        damage: op -> label -> its part of the output's divergence.
+        other_bytes: of weights that are no Linear's.
+        machine: where times were taken.
+        taken: how many times were taken for this compilation.
+        importance: op -> how much a squared error of each of its outputs counts, float64 [N].
+        how: damage was found.
+    """
+
+    sites: Sequence[Site]
+    options: Mapping[str, Options]
+    shapes: Sequence[tuple[int, int]]
+    float_times: Sequence[float]
+    times: Mapping[str, Mapping[Label, Sequence[float]]]
+    conversions: Mapping[str, Mapping[Label, Sequence[float]]]
+    damage: Damage
+    other_bytes: int
+    machine: Mapping[str, str]
+    taken: int
+    importance: Importance | None = None
+    how: str = "gradient"
+
+    def problem(self) -> Problem:
+        """Cost vectors: seconds at each shape, damage, bytes."""
+        items = []
+        for site in self.sites:
+            for linear in site.linears:
+                labels = self.options[linear.name].labels
+                damage = self.damage.get(linear.name, {})
+                items.append(
+                    Item(
+                        name=linear.name,
+                        group=site.name,
+                        costs={
+                            label: np.array(
+                                [
+                                    *self.times[linear.name][label],
+                                    damage.get(label, 0.0),
+                                    weight_bytes(linear, label),
+                                ]
+                            )
+                            for label in labels
+                        },
+                        needs={label: label if label in INT8 else None for label in labels},
+                    )
+                )
+        conversions: dict[str, dict[str, Cost]] = {
+            site: {mode: np.array([*seconds, 0.0, 0.0]) for mode, seconds in modes.items()}
+            for site, modes in self.conversions.items()
+        }
+        return Problem(tuple(items), conversions)
+
+    @property
+    def rest(self) -> Cost:
+        """Of everything that is no Linear, the same for every plan: seconds, damage, bytes."""
+        floats = [self.times[linear.name]["float"] for s in self.sites for linear in s.linears]
+        seconds = np.array(self.float_times) - np.sum(floats, axis=0)
+        return np.array([*np.maximum(seconds, 0.0), 0.0, self.other_bytes])
+
+    def speeds(self, cost: Cost) -> list[float]:
+        """Predicted speed of a plan relative to float, at each shape."""
+        seconds = (cost + self.rest)[:-2]
+        return [float(f / s) for f, s in zip(self.float_times, seconds, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """The plan that was chosen, and its surroundings.
+
+    Attributes:
+        chosen: op -> implementation and reason.
+        solution: the labelling behind it.
+        value: of the objective; less is better.
+        measured: what it rests on.
+    """
+
+    chosen: dict[str, Choice]
+    solution: Solution
+    value: float
+    measured: Measured
+
+    def foreign(self, target: Target) -> bool:
+        """Whether the times were taken on another machine."""
+        return dict(self.measured.machine) != target.machine()
+
+    def front(self) -> list[Solution]:
+        """The Pareto front of time and damage, fastest first; it takes many solutions."""
+        problem = self.measured.problem()
+        time, damage, _ = _prices(self.measured, problem)
+        return front(problem, time, damage)
+
+
+def decide(measured: Measured, config: CompileConfig, *, correction: float = 1.0) -> Decision:
+    """The best plan for the objective of `config` within its limits.
+
+    Args:
+        measured: what was timed and estimated.
+        config: objective and limits.
+        correction: measured divergence over predicted, of a plan that was tried.
+
+    Raises:
+        ConfigError: no plan keeps the limits; says how near one comes.
+    """
+    problem, rest = measured.problem(), measured.rest
+    time, damage, size = _prices(measured, problem)
+    weights = {
+        "latency": time + damage,
+        "size": size + SECOND * (time + damage),
+        "accuracy": damage + SECOND * time,
+    }[config.objective]
+    limits = np.full(problem.width, np.inf)
+    if config.min_speedup is not None:
+        wanted = SPEED_MARGIN * config.min_speedup
+        limits[:-2] = np.array(measured.float_times) / wanted - rest[:-2]
+    if config.max_kl is not None:
+        limits[-2] = MARGIN * config.max_kl / correction
+    if config.max_size is not None:
+        limits[-1] = config.max_size - rest[-1]
+    solution = solve(problem, weights, limits)
+    if solution is None:
+        raise _unreachable(measured, problem, config, limits, correction)
+    free = solve(problem, time + damage)
+    assert free is not None
+    chosen = {
+        item.name: Choice(
+            solution.labels[item.name],  # type: ignore[arg-type]
+            _reason(item, solution, free, measured, config),
+        )
+        for item in problem.items
+    }
+    return Decision(chosen, solution, float(weights @ solution.cost), measured)
+
+
+def scheme_choice(options: Mapping[str, Options]) -> dict[str, Choice]:
+    """What the scheme names for every op, unmeasured."""
+    return {name: found.default for name, found in options.items()}
+
+
+def weight_bytes(linear: Linear, label: Label) -> int:
+    """Bytes of one Linear's weight; a tied one in float costs nothing more than its embedding."""
+    size = linear.in_features * linear.out_features
+    blocks = -(-linear.in_features // BLOCK_SIZE) * linear.out_features
+    if label == "float":
+        return 0 if linear.tied else 4 * size
+    if label == "weight8":
+        return size + 4 * blocks
+    if label == "weight4":
+        return size // 2 + 4 * blocks
+    # How many copies a split makes is known later; this is the most.
+    copies = linear.in_features // 8 * (linear.out_features + 12) if label == "split" else 0
+    return size + 4 * linear.out_features + copies
+
+
+def _prices(measured: Measured, problem: Problem) -> tuple[Cost, Cost, Cost]:
+    """Weights that turn a cost vector into relative time, relative damage and relative size."""
+    shapes = len(measured.float_times)
+    time, damage, size = (np.zeros(problem.width) for _ in range(3))
+    time[:shapes] = 1.0 / (np.array(measured.float_times) * shapes)
+    scheme = sum(float(item.costs[next(iter(item.costs))][-2]) for item in problem.items)
+    damage[-2] = TIE / scheme if scheme > 0 else 0.0
+    all_bytes = sum(max(float(c[-1]) for c in item.costs.values()) for item in problem.items)
+    size[-1] = 1.0 / max(all_bytes, 1.0)
+    return time, damage, size
+
+
+def _reason(
+    item: Item, solution: Solution, free: Solution, measured: Measured, config: CompileConfig
+) -> str:
+    options = measured.options[item.name]
+    if "float" not in options.labels or len(options.labels) == 1:
+        return options.reason
+    label, wanted = solution.labels[item.name], free.labels[item.name]
+    floats = item.costs.get("float")
+    if label != wanted:
+        cause = {"size": "size", "accuracy": "accuracy"}.get(config.objective, "constraint")
+        return f"{cause}: {_compared(item, wanted, floats)} was given up"
+    if label == "float":
+        others = [k for k in options.labels if k != "float"]
+        best = min(others, key=lambda k: float(item.costs[k][: len(measured.shapes)].sum()))
+        return f"cost: {_compared(item, best, floats)}"
+    return f"cost: {_compared(item, label, floats)}"
+
+
+def _compared(item: Item, label: str, floats: Cost | None) -> str:
+    if floats is None:
+        return label
+    ratios = floats[:-2] / item.costs[label][:-2]
+    return f"{label} at " + ", ".join(f"{ratio:.2f}" for ratio in ratios) + " of float's speed"
+
+
+def _unreachable(
+    measured: Measured, problem: Problem, config: CompileConfig, limits: Cost, correction: float
+) -> ConfigError:
+    """Which limit cannot be kept even alone, and how near a plan comes."""
+    time, damage, size = _prices(measured, problem)
+    rest = measured.rest
+    smallest = solve(problem, size)
+    fastest = solve(problem, time)
+    safest = solve(problem, damage)
+    assert smallest is not None and fastest is not None and safest is not None
+    if smallest.cost[-1] > limits[-1]:
+        least = int(smallest.cost[-1] + rest[-1])
+        return ConfigError(f"max_size {config.max_size}: the least that can be had is {least}")
+    if (fastest.cost[:-2] > limits[:-2]).any():
+        speeds = ", ".join(f"{speed:.2f}" for speed in measured.speeds(fastest.cost))
+        return ConfigError(
+            f"min_speedup {config.min_speedup}: the fastest plan is predicted at {speeds} of "
+            "float's speed"
+        )
+    if safest.cost[-2] > limits[-2]:
+        least_kl = safest.cost[-2] * correction / MARGIN
+        return ConfigError(
+            f"max_kl {config.max_kl}: the least that the recipe allows is {least_kl:.3g}"
+        )
+    return ConfigError("no plan keeps all limits at once", hint="loosen one of them")

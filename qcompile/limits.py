@@ -1,0 +1,70 @@
+"""Limits that the user set: whether a model can have them, and whether an artifact keeps them."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qcompile.config import CompileConfig
+from qcompile.costs import open_costs
+from qcompile.errors import ConfigError
+from qcompile.planfile import PlanFile
+from qcompile.traced import TracedModel
+from qcompile.verify import Verification
+
+
+def check_plan_paths(config: CompileConfig) -> None:
+    """Find bad paths before anything is computed.
+
+    Raises:
+        ConfigError: a plan to replay cannot be read, or a file cannot be written where it should.
+    """
+    if config.plan_in is not None:
+        PlanFile.read(config.plan_in)
+    if config.costs is not None and config.costs.exists():
+        open_costs(config.costs, {})
+    for path in (config.plan_out, config.costs):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: no folder {path.parent}")
+        if path is not None and path.is_dir():
+            raise ConfigError(f"{path} is a folder")
+
+
+def check_limits(config: CompileConfig, model: TracedModel) -> None:
+    """Refuse a limit that means nothing for `model`.
+
+    Raises:
+        ConfigError: a limit on KL where the outputs are no logits.
+    """
+    if config.max_kl is not None and model.kind not in ("text-generation", "text-classification"):
+        raise ConfigError(
+            f"max_kl is a limit on logits, and the outputs of a {model.task} model are none",
+            hint="--objective accuracy with --min-speedup trades the same way",
+        )
+
+
+def broken_limits(
+    config: CompileConfig, findings: Verification, graph: ir.Model, *, here: bool = True
+) -> list[str]:
+    """Limits of `config` that do not hold as measured, in sentences.
+
+    Args:
+        findings: of the verification.
+        graph: what was emitted.
+        here: whether the limit on speed is for this machine.
+    """
+    problems = []
+    kl = findings.accuracy.get("kl")
+    if config.max_kl is not None and kl is not None and kl > config.max_kl:
+        problems.append(f"KL is {kl:.3g} on held-back data, above max_kl {config.max_kl:g}")
+    for speed in findings.speed if config.min_speedup is not None and here else ():
+        if speed.ratio < (config.min_speedup or 0.0):
+            problems.append(
+                f"{speed.ratio:.2f} times float's speed at {speed.batch}×{speed.sequence}, "
+                f"below min_speedup {config.min_speedup:g}"
+            )
+    if config.max_size is not None:
+        tensors = (value.const_value for value in graph.graph.initializers.values())
+        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        if size > config.max_size:
+            problems.append(f"the weights take {size} bytes, above max_size {config.max_size}")
+    return problems

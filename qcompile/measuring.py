@@ -1,0 +1,228 @@
+"""Gather what a choice rests on: times from the probe, damage from gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import onnx_ir as ir
+
+from qcompile.alone import measure_alone
+from qcompile.calibration.data import CalibrationData
+from qcompile.calibration.stats import Stats
+from qcompile.choosing import Importance, Measured
+from qcompile.config import CompileConfig
+from qcompile.costs import default_path, open_costs
+from qcompile.linears import find_sites
+from qcompile.options import Options
+from qcompile.passes.smooth_quant import SmoothQuant
+from qcompile.passes.untie import Untie
+from qcompile.precision import INT8, LABELS, MODES, Choice, Label
+from qcompile.probe import Prober, Shape
+from qcompile.progress import Step
+from qcompile.sensitivity import SAMPLES, TOKENS, Damage, measure_damage, measure_importance
+from qcompile.session import divisible, first_sample, open_session
+from qcompile.shapes import rows_of
+from qcompile.smoothing import plan_smoothing
+from qcompile.spill import release, spill
+from qcompile.targets.base import Target
+from qcompile.torch_graph import UnsupportedOpError
+from qcompile.traced import Batch, TracedModel
+from qcompile.trials import trial_plans
+
+FEW_ROWS: Final = 16
+"""Samples to estimate damage from, where each gives one row of output."""
+
+
+def measure(
+    model: TracedModel,
+    float_path: Path,
+    options: Mapping[str, Options],
+    stats: Mapping[str, Stats],
+    data: CalibrationData,
+    timed: Sequence[Batch],
+    config: CompileConfig,
+    target: Target,
+    work: Path,
+    progress: Step,
+) -> Measured:
+    """Everything that a choice rests on.
+
+    Args:
+        model: the canonical float graph, its weights in `work`.
+        float_path: the same, lowered.
+        options: of every Linear.
+        stats: of every site.
+        data: a few short samples are cut from its calibration part.
+        timed: inputs to time at; none: the first held-back sample.
+        config: options of the compilation.
+        target: whose kernels.
+        work: folder for graphs.
+        progress: called with (steps done, steps in all).
+
+    Raises:
+        ConfigError: the table of times is damaged, or another machine's and incomplete.
+    """
+    damage, importance, how = estimate_damage(
+        model, stats, options, config, target, data.calibration, work, progress
+    )
+    here = target.machine()
+    table = open_costs(config.costs, here)
+    prober = Prober(target, table, work, measures=table.machine == here)
+    session = open_session(float_path)
+    feeds = [(_shape(feed), feed) for feed in timed or [first_sample(session, data.held_back[0])]]
+    del session
+    measured = measure_times(model.ir, float_path, options, feeds, prober, damage)
+    if prober.measured and config.costs is not None:
+        table.write(config.costs)
+    elif prober.measured:
+        with contextlib.suppress(OSError):  # a cache that cannot be kept is no failure
+            table.write(default_path(here))
+    return dataclasses.replace(measured, importance=importance, how=how)
+
+
+def _shape(feed: Batch) -> tuple[int, int]:
+    dims = (*next(iter(feed.values())).shape, 1, 1)
+    return dims[0], dims[1]
+
+
+def measure_times(
+    model: ir.Model,
+    float_path: Path,
+    options: Mapping[str, Options],
+    feeds: Sequence[tuple[tuple[int, int], Batch]],
+    prober: Prober,
+    damage: Damage,
+) -> Measured:
+    """Time every implementation of every op, and the whole float model, at each shape.
+
+    Args:
+        model: the canonical float graph, its weights in the folder of `float_path`.
+        float_path: the same, lowered.
+        options: of every Linear.
+        feeds: (batch, sequence) and an input of that shape.
+        prober: with the table of times.
+        damage: of every op by label.
+    """
+    sites = find_sites(model.graph)
+    rows = rows_of(
+        model,
+        {site.name: str(site.x.name) for site in sites},
+        [feed for _, feed in feeds],
+        float_path.parent,
+    )
+    times: dict[str, dict[Label, list[float]]] = {}
+    conversions: dict[str, dict[Label, list[float]]] = {}
+    for site in sites:
+        offered = [o for o in LABELS if any(o in options[n.name].labels for n in site.linears)]
+        for linear in site.linears:
+            labels: list[Label] = list(
+                dict.fromkeys(("float", *offered, *options[linear.name].labels))
+            )
+            times[linear.name] = {label: [] for label in labels}
+            for count in rows[site.name]:
+                bias = linear.bias is not None
+                shape = Shape(count, linear.in_features, linear.out_features, bias)
+                for label, seconds in prober.linear(shape, labels).items():
+                    times[linear.name][label].append(seconds)
+        conversions[site.name] = {
+            label: [prober.conversion(label, count, site.channels) for count in rows[site.name]]
+            for label in INT8
+            if label in offered
+        }
+    float_times = prober.model(float_path, model.graph, feeds)
+    weights = {linear.weight for site in sites for linear in site.linears if not linear.tied}
+    tensors = (v.const_value for v in model.graph.initializers.values() if v not in weights)
+    return Measured(
+        sites=sites,
+        options=options,
+        shapes=[shape for shape, _ in feeds],
+        float_times=float_times,
+        times=times,
+        conversions=conversions,
+        damage=damage,
+        other_bytes=sum(tensor.nbytes for tensor in tensors if tensor is not None),
+        machine=prober.table.machine,
+        taken=prober.measured,
+    )
+
+
+def estimate_damage(
+    model: TracedModel,
+    stats: Mapping[str, Stats],
+    options: Mapping[str, Options],
+    config: CompileConfig,
+    target: Target,
+    calibration: Sequence[Batch],
+    work: Path,
+    progress: Step,
+) -> tuple[Damage, Importance | None, str]:
+    """The damage of every implementation of every op, in a graph smoothed for INT8 everywhere.
+
+    Returns:
+        The damage, how much each Linear's outputs count (None where it is not known), and how the
+        damage was found.
+    """
+    tokens = model.kind == "text-generation"
+    samples = short_samples(
+        work / "canonical.onnx",
+        calibration,
+        SAMPLES if tokens else FEW_ROWS,
+        TOKENS if tokens else None,
+    )
+    importance, how = None, "gradient"
+    try:
+        importance = measure_importance(
+            work / "canonical.onnx", samples, model.kind, seed=config.seed
+        )
+    except UnsupportedOpError as unsupported:
+        how = f"each op alone: no gradient through {unsupported} is known here"
+    modes = {n: next((m for m in found.labels if m in MODES), None) for n, found in options.items()}
+    chosen = {n: Choice(mode or "float", "trial") for n, mode in modes.items()}
+    graph = model.ir.clone()
+    Untie(name for name, mode in modes.items() if mode)(graph)
+    smoothing = plan_smoothing(
+        find_sites(graph.graph), stats, config, chosen, importance=importance
+    )
+    SmoothQuant(smoothing)(graph)
+    graph = spill(graph, work, "trial")
+    release(model.ir)
+    plans = trial_plans(find_sites(graph.graph), stats, smoothing, options, config, target)
+    release(graph)
+    path = work / "trial.onnx"
+    if importance is not None:
+        damage = measure_damage(
+            path, plans, samples, model.kind, seed=config.seed, progress=progress
+        )
+    else:
+        damage = measure_alone(path, plans, samples, model.kind, target, progress=progress)
+    for name in ("trial.onnx", "trial.onnx.data"):
+        (work / name).unlink()
+    return damage, importance, how
+
+
+def short_samples(
+    path: Path, batches: Sequence[Batch], count: int, tokens: int | None
+) -> list[Batch]:
+    """The first `count` samples of `batches`, each a feed of its own, cut to `tokens` if they can
+    be: all inputs [batch, sequence], of any length."""
+    session = open_session(path)
+    found: list[Batch] = []
+    for batch in batches:
+        samples = divisible(session, batch)
+        if samples is None:
+            found.append(batch)
+        else:
+            found += [
+                {k: v[at : at + 1] for k, v in batch.items()}
+                for at in range(min(samples, count - len(found)))
+            ]
+        if len(found) >= count:
+            break
+    free = all(len(i.shape) == 2 and not isinstance(i.shape[1], int) for i in session.get_inputs())
+    if tokens is not None and free:
+        found = [{k: v[:, :tokens] for k, v in feed.items()} for feed in found]
+    return found[:count]

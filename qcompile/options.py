@@ -1,0 +1,185 @@
+"""Which implementations each Linear may have: from the recipe, the scheme and the target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Final
+
+import onnx_ir as ir
+
+from qcompile.config import Activations, CompileConfig
+from qcompile.errors import ConfigError, ModelError
+from qcompile.linears import Linear, Site
+from qcompile.outliers import can_split
+from qcompile.precision import INT8, MODES, Choice, Label
+from qcompile.targets.base import Target
+
+_NAMED: Final[Mapping[str, Label]] = {
+    "w8a16": "weight8",
+    "w4a16": "weight4",
+    "split": "split",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What one Linear may become.
+
+    Attributes:
+        labels: the implementations, the one that the scheme names first.
+        reason: why these, or why only this one.
+    """
+
+    labels: tuple[Label, ...]
+    reason: str
+
+    @property
+    def default(self) -> Choice:
+        """What the scheme names, measured or not."""
+        return Choice(self.labels[0], self.reason)
+
+
+def find_options(sites: list[Site], config: CompileConfig, target: Target) -> dict[str, Options]:
+    """The options of every Linear, by name.
+
+    Raises:
+        ConfigError: a recipe's glob matches nothing, gives ranges to activations that have none,
+            mixes modes within one site, or asks for what the target has no kernel for.
+    """
+    _check_recipe(sites, config)
+    options: dict[str, Options] = {}
+    for site in sites:
+        for linear in site.linears:
+            options[linear.name] = _options(linear, config, target)
+        rules = [
+            config.recipe.rule_for(linear.name)
+            for linear in site.linears
+            if set(options[linear.name].labels) & set(INT8)
+        ]
+        _agree(site, options)
+        for field in ("activations", "smooth", "ranges"):
+            if len({getattr(rule, field) for rule in rules}) > 1:
+                raise ConfigError(
+                    f"the recipe gives {site.name} different {field}, "
+                    "but they read one quantised activation",
+                    hint="let the glob match them all",
+                )
+    return options
+
+
+def _agree(site: Site, options: dict[str, Options]) -> None:
+    """Readers of one activation that have to be INT8 share a label; the others' follow from it.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    readers = {linear.name: options[linear.name] for linear in site.linears}
+    forced = [set(o.labels) for o in readers.values() if set(o.labels) <= set(INT8)]
+    if not forced:
+        return
+    common = set.intersection(*forced)
+    if not common:
+        raise ConfigError(
+            f"the recipe gives {site.name} different activations, "
+            "but they read one quantised activation",
+            hint="let the glob match them all",
+        )
+    for name, found in readers.items():
+        shared = [label for label in found.labels if label in common]
+        others = [label for label in found.labels if label not in INT8]
+        labels = (*shared, *others) or ("float",)
+        options[name] = dataclasses.replace(found, labels=labels)
+
+
+def require_any(options: Mapping[str, Options], graph: ir.Model) -> None:
+    """Refuse to call a model quantised in which nothing can be.
+
+    Raises:
+        ModelError: every Linear has to stay in float; says what the graph has instead.
+    """
+    if any(set(found.labels) - {"float"} for found in options.values()):
+        return
+    if options:
+        name, found = next(iter(options.items()))
+        detail = f"{len(options)} Linears stay in float, {name} because: {found.reason}"
+    else:
+        counts = Counter(node.op_type for node in graph.graph.all_nodes())
+        ops = ", ".join(f"{counts[k]} {k}" for k in ("Conv", "MatMul", "Gemm") if counts[k])
+        detail = f"no float32 Linear with a constant weight was found ({ops or 'no such op'})"
+    raise ModelError(f"nothing can be quantised: {detail}", hint="--scheme fp32 compiles it as is")
+
+
+def _check_recipe(sites: list[Site], config: CompileConfig) -> None:
+    names = [linear.name for site in sites for linear in site.linears]
+    unmatched = config.recipe.unmatched(names)
+    if unmatched:
+        raise ConfigError(
+            f"recipe rule {unmatched[0]!r} matches no module",
+            hint=f"modules are named like {names[0]!r}" if names else "the model has no Linear",
+        )
+    for glob, rule in config.recipe.rules:
+        matched = [name for name in names if fnmatchcase(name, glob)]
+        if rule.ranges is not None and all("static" not in _modes(n, config) for n in matched):
+            raise ConfigError(
+                f"recipe rule {glob!r} gives ranges, and the activations that it matches "
+                "are not static",
+                hint="add `activations: static`, or take `ranges` out",
+            )
+
+
+def _options(linear: Linear, config: CompileConfig, target: Target) -> Options:
+    rule = config.recipe.rule_for(linear.name)
+    if rule.precision == "float":
+        return Options(("float",), "recipe")
+    label = _NAMED.get(rule.precision or "")
+    if label is not None:
+        if target.capability("MatMul", label) is None:
+            raise ConfigError(f"{target.name} has no kernel for {rule.precision} ({linear.name})")
+        if label == "split" and not can_split(linear.in_features):
+            raise ConfigError(f"{linear.name} has too few input channels to be split")
+        return Options((label,), "recipe")
+    wanted = _modes(linear.name, config)
+    modes = tuple(mode for mode in wanted if target.capability("MatMul", mode) is not None)
+    if not modes:
+        return Options(("float",), f"{target.name} has no kernel for {wanted[0]} activations")
+    if rule.precision == "w8a8":
+        return Options(modes, "recipe")
+    if linear.tied:
+        # The mode chosen for accuracy, in the place where an error is least forgiven.
+        modes = tuple(mode for mode in modes if mode != "token")
+        if not modes:
+            return Options(
+                ("float",),
+                "the weight is shared with the embedding, and would be stored twice; "
+                "a recipe can quantise it",
+            )
+    if rule.activations is not None:
+        return Options(modes, "recipe")
+    further = _further(linear, config, target)
+    return Options((*modes, "float", *further), _scheme_reason(linear))
+
+
+def _scheme_reason(linear: Linear) -> str:
+    if linear.tied:
+        return "scheme w8a8; the embedding that shares the weight keeps it in float"
+    if linear.shared > 1:
+        return f"scheme w8a8; {linear.shared} ops share the weight, int8 for each"
+    return "scheme w8a8"
+
+
+def _further(linear: Linear, config: CompileConfig, target: Target) -> tuple[Label, ...]:
+    """Splitting and weight-only forms, where the mode is open; four bits where size is the aim."""
+    if config.activations != "auto":
+        return ()
+    wanted: list[Label] = ["split", "weight8"] if can_split(linear.in_features) else ["weight8"]
+    if config.objective == "size":
+        wanted.append("weight4")
+    return tuple(label for label in wanted if target.capability("MatMul", label) is not None)
+
+
+def _modes(name: str, config: CompileConfig) -> tuple[Activations, ...]:
+    asked = config.recipe.rule_for(name).activations or config.activations
+    return MODES if asked == "auto" else (asked,)

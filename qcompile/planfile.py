@@ -1,0 +1,95 @@
+"""A plan on disk: what was chosen, to look at, to change by hand, and to replay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import pydantic
+
+from qcompile.errors import ConfigError
+from qcompile.linears import Site
+from qcompile.options import Options
+from qcompile.outliers import can_split
+from qcompile.precision import Choice, Label, PrecisionPlan
+from qcompile.smoothing import SmoothingPlan
+from qcompile.targets.base import Target
+
+PLAN: Final = "plan.json"
+
+
+class PlanFile(pydantic.BaseModel):
+    """Implementation by op and α by site (None: not smoothed).
+
+    With the same model, calibration data, `ranges` and versions, a replay gives the same graph, bit
+    for bit.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    target: str
+    scheme: str
+    ops: dict[str, Label]
+    smoothing: dict[str, Annotated[float, pydantic.Field(ge=0, le=1)] | None]
+
+    @classmethod
+    def of(
+        cls, target: str, scheme: str, plan: PrecisionPlan, smoothing: SmoothingPlan
+    ) -> PlanFile:
+        """From the decisions of one compilation."""
+        return cls(
+            target=target,
+            scheme=scheme,
+            ops={op.name: plan.label(op) for op in plan.ops},
+            smoothing={entry.site: entry.alpha for entry in smoothing.entries},
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> PlanFile:
+        """From `path`.
+
+        Raises:
+            ConfigError: it is missing, unreadable or no plan.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"plan {path} cannot be read: {error}") from error
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"{path} is not a plan: {where}: {first['msg']}") from error
+
+    def chosen(
+        self, options: Mapping[str, Options], sites: list[Site], target: Target
+    ) -> dict[str, Choice]:
+        """The choice for every Linear of a model.
+
+        Raises:
+            ConfigError: the plan is for another model, or asks for what an op cannot become.
+        """
+        different = sorted(set(self.ops) ^ set(options))
+        if different:
+            raise ConfigError(f"the plan is for another model: {different[0]} is in one of the two")
+        for site in sites:
+            for linear in site.linears:
+                label = self.ops[linear.name]
+                absent = label != "float" and target.capability("MatMul", label) is None
+                if absent or (label == "split" and not can_split(site.channels)):
+                    raise ConfigError(f"{linear.name} cannot be {label}, as the plan has it")
+            choices = [Choice(self.ops[linear.name], "plan") for linear in site.linears]
+            if len({choice.label for choice in choices if choice.mode is not None}) > 1:
+                raise ConfigError(
+                    f"the plan quantises {site.name} in two ways, and it is one activation"
+                )
+        return {name: Choice(label, "plan") for name, label in self.ops.items()}
+
+    def write(self, path: Path) -> None:
+        """As JSON.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
