@@ -64,6 +64,7 @@ def main() -> None:
                 target=arguments.target,
                 calibration=arguments.calibration,
                 config=qcompile.CompileConfig(
+                    objective="scheme",
                     activations=mode,  # type: ignore[arg-type]
                     smooth=smooth,  # type: ignore[arg-type]
                     recipe=recipe,

@@ -45,7 +45,9 @@ def main() -> None:
                 target=arguments.target,
                 scheme=folder.name,
                 calibration=feeds_of(tokenizer, documents(arguments.calibration)[:80]),
-                config=qcompile.CompileConfig(activations=arguments.activations),
+                config=qcompile.CompileConfig(
+                    objective="scheme", activations=arguments.activations
+                ),
                 output=folder,
             )
         sessions = [session(folder, arguments.threads, spinning=False) for folder in folders]

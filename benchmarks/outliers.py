@@ -52,7 +52,7 @@ def main() -> None:
                 target=arguments.target,
                 calibration=arguments.calibration,
                 # Unsmoothed, the copy is ruined: that is the point, and not to be refused here.
-                config=qcompile.CompileConfig(smooth=smooth, strict=False),  # type: ignore[arg-type]
+                config=qcompile.CompileConfig(objective="scheme", smooth=smooth, strict=False),  # type: ignore[arg-type]
                 output=scratch / "w8a8",
                 overwrite=True,
             )
