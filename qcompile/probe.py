@@ -51,7 +51,7 @@ _MOST_COPIES: Final = 8
 _OUTLIERS, _COPIES = 4, 4
 """Of a split that is timed: a usual one."""
 
-_MOST_BYTES: Final = 256 << 20
+_MOST_BYTES: Final = 64 << 20
 """A wider Linear is timed in part; its time is proportional to its width."""
 
 
