@@ -40,8 +40,8 @@ Tensor: TypeAlias = torch.Tensor
 Damage: TypeAlias = dict[str, dict[Label, float]]
 """Op -> implementation -> its part of the output's divergence."""
 
-DRAWS: Final = 3
-SAMPLES: Final = 8
+DRAWS: Final = 2
+SAMPLES: Final = 4
 TOKENS: Final = 128
 _BLOCK_LEVELS: Final = 127
 _NOT_FINITE: Final = "the float model's outputs or gradients are NaN or infinite on the data"
