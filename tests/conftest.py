@@ -76,7 +76,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def small() -> qcompile.CompileConfig:
     """Enough calibration for a tiny model."""
-    return qcompile.CompileConfig(samples=8, seq_len=64)
+    return qcompile.CompileConfig(samples=8, seq_len=64, objective="scheme")
 
 
 @pytest.fixture(scope="session")

@@ -264,6 +264,7 @@ def test_data_in_any_form_gives_the_same_graph(
 def test_generated_data_depends_on_the_seed_alone(tiny_onnx: Path, tmp_path: Path) -> None:
     def generated(name: str, seed: int) -> qcompile.Artifact:
         options = {"samples": 2, "seq_len": 12, "recipe": ONE_LAYER, "seed": seed}
+        options["objective"] = "scheme"
         return compiled(tiny_onnx, tmp_path / name, None, **options)
 
     first, second, other = generated("a", 1), generated("b", 1), generated("c", 2)
@@ -288,7 +289,9 @@ def test_a_cpu_with_vnni_gives_nothing_up(tiny_onnx: Path, tiny_opt: Path, tmp_p
         target="ort-cpu:vnni",
         calibration=tiny_opt / "calibration.txt",
         # On a machine without VNNI, verification may find that this one saturates.
-        config=qcompile.CompileConfig(samples=4, seq_len=32, smooth="off", strict=False),
+        config=qcompile.CompileConfig(
+            samples=4, seq_len=32, smooth="off", strict=False, objective="scheme"
+        ),
         output=tmp_path / "out",
     )
     planned = [op for op in made.report.ops if op.precision == "int8"]
