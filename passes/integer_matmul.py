@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused, sole_use
@@ -24,15 +26,21 @@ class IntegerMatMul(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph = model.graph
-        modified = False
-        for node in list(graph):
-            if node.op_type == "MatMul" and node.domain in ("", "ai.onnx"):
-                modified |= _lower(graph, node)
-        if modified:
-            graph.opset_imports[CONTRIB] = 1
-            drop_unused(model)
-        return ir.passes.PassResult(model, modified=modified)
+        return lower_matmuls(model, _lower)
+
+
+def lower_matmuls(
+    model: ir.Model, lower: Callable[[ir.Graph, ir.Node], bool]
+) -> ir.passes.PassResult:
+    """Offer every MatMul of the main graph to `lower`, which says whether it replaced it."""
+    modified = False
+    for node in list(model.graph):
+        if node.op_type == "MatMul" and node.domain in ("", "ai.onnx"):
+            modified |= lower(model.graph, node)
+    if modified:
+        model.graph.opset_imports[CONTRIB] = 1
+        drop_unused(model)
+    return ir.passes.PassResult(model, modified=modified)
 
 
 def _lower(graph: ir.Graph, matmul: ir.Node) -> bool:

@@ -7,8 +7,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from qcompile.passes.constants import constant, drop_unused
-from qcompile.passes.integer_matmul import CONTRIB, constant_bias
+from qcompile.passes.constants import constant
+from qcompile.passes.integer_matmul import CONTRIB, constant_bias, lower_matmuls
 
 from qcompile.linears import is_constant
 
@@ -30,15 +30,7 @@ class WeightOnlyMatMul(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph = model.graph
-        modified = False
-        for node in list(graph):
-            if node.op_type == "MatMul" and node.domain in ("", "ai.onnx"):
-                modified |= _lower(graph, node)
-        if modified:
-            graph.opset_imports[CONTRIB] = 1
-            drop_unused(model)
-        return ir.passes.PassResult(model, modified=modified)
+        return lower_matmuls(model, _lower)
 
 
 def pack(codes: npt.NDArray[Any], bits: int, block_size: int) -> npt.NDArray[np.uint8]:

@@ -140,7 +140,8 @@ class CompileConfig(_Frozen):
         opset: ONNX opset of the exported graph.
         seed: of everything random (generated calibration data).
         trust_remote_code: let Transformers run Python code that a model folder carries.
-        shapes: (batch, sequence) pairs to measure speed at; none: the first held-back sample's.
+        shapes: (batch, sequence) pairs to plan for and to measure speed at; none: 1x128 of tokens
+            (and 1x1 for what generates), else the first held-back sample's.
         strict: a verification that does not hold is an error, not only a line in the report.
 
     Raises:

@@ -69,14 +69,12 @@ def open_costs(path: Path | None, machine: dict[str, str]) -> CostTable:
         table = CostTable.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return CostTable(machine=machine)
-    except OSError as error:
-        if asked:
+    except (OSError, pydantic.ValidationError, UnicodeDecodeError) as error:
+        if not asked:
+            return CostTable(machine=machine)  # a cache that is no use: measured again
+        if isinstance(error, OSError):
             raise ConfigError(f"costs {path} cannot be read: {error.strerror}") from error
-        return CostTable(machine=machine)
-    except (pydantic.ValidationError, UnicodeDecodeError) as error:
-        if asked:
-            raise ConfigError(f"{path} is not a table of measured times") from error
-        return CostTable(machine=machine)  # a cache that was damaged: measured again
+        raise ConfigError(f"{path} is not a table of measured times") from error
     if table.format != FORMAT:
         raise ConfigError(f"{path} has format {table.format}, this qcompile reads {FORMAT}")
     return table

@@ -25,7 +25,7 @@ from qcompile.probe import Prober, Shape
 from qcompile.progress import Step
 from qcompile.sensitivity import SAMPLES, TOKENS, Damage, measure_damage, measure_importance
 from qcompile.session import divisible, first_sample, open_session
-from qcompile.shapes import rows_of
+from qcompile.shapes import rows_of, shape_of
 from qcompile.smoothing import plan_smoothing
 from qcompile.spill import release, spill
 from qcompile.targets.base import Target
@@ -73,7 +73,7 @@ def measure(
     table = open_costs(config.costs, here)
     prober = Prober(target, table, work, measures=table.machine == here)
     session = open_session(float_path)
-    feeds = [(_shape(feed), feed) for feed in timed or [first_sample(session, data.held_back[0])]]
+    feeds = [(shape_of(feed), feed) for feed in timed or [first_sample(session, data.held_back[0])]]
     del session
     measured = measure_times(model.ir, float_path, options, feeds, prober, damage)
     if prober.measured and config.costs is not None:
@@ -82,11 +82,6 @@ def measure(
         with contextlib.suppress(OSError):  # a cache that cannot be kept is no failure
             table.write(default_path(here))
     return dataclasses.replace(measured, importance=importance, how=how)
-
-
-def _shape(feed: Batch) -> tuple[int, int]:
-    dims = (*next(iter(feed.values())).shape, 1, 1)
-    return dims[0], dims[1]
 
 
 def measure_times(

@@ -24,6 +24,7 @@ from qcompile.costs import CostTable
 from qcompile.errors import ConfigError
 from qcompile.linears import find_linears, is_constant
 from qcompile.outliers import Split
+from qcompile.passes.constants import constant
 from qcompile.passes.quantize import Quantize
 from qcompile.precision import (
     INT8,
@@ -218,26 +219,15 @@ def _graph(shape: Shape, copies: int, *, sites: int) -> ir.Model:
         for at in range(sites)
     ]
     graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 23}, name="probe")
-
-    def constant(name: str, array: np.ndarray) -> ir.Value:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        graph.register_initializer(value)
-        return value
-
     # Its content does not change its time: one random block serves all.
     weight = rng.standard_normal((shape.depth, shape.width), np.float32)
-    zeros, ones = constant("zeros", np.zeros(3, np.int64)), constant("ones", np.ones(3, np.int64))
+    zeros = constant(graph, "zeros", np.zeros(3, np.int64))
+    ones = constant(graph, "ones", np.ones(3, np.int64))
     for at in range(copies):
         tape = ir.tape.Tape()
-        y = tape.op("MatMul", [inputs[at % sites], constant(f"w{at}", np.roll(weight, at))])
+        y = tape.op("MatMul", [inputs[at % sites], constant(graph, f"w{at}", np.roll(weight, at))])
         if shape.bias:
-            y = tape.op("Add", [y, constant(f"b{at}", weight[0] + at)])
+            y = tape.op("Add", [y, constant(graph, f"b{at}", weight[0] + at)])
         corner = tape.op("Slice", [y, zeros, ones])
         corner.name, corner.dtype = f"y{at}", ir.DataType.FLOAT
         for node in tape.nodes:

@@ -96,6 +96,12 @@ def _filled(name: str, value: np.ndarray, batch: int, sequence: int) -> np.ndarr
     return np.tile(row, (batch, 1))
 
 
+def shape_of(feed: Batch) -> Shape:
+    """Batch and sequence of `feed`: the first two sizes of its first input, 1 where it lacks one."""
+    dims = (*next(iter(feed.values())).shape, 1, 1)
+    return dims[0], dims[1]
+
+
 def rows_of(
     model: ir.Model, values: Mapping[str, str], feeds: Sequence[Batch], work: Path
 ) -> dict[str, list[int]]:

@@ -17,6 +17,7 @@ from qcompile.metrics import Accuracy, sqnr_db
 from qcompile.precision import PrecisionPlan
 from qcompile.report import Speed
 from qcompile.session import divisible, first_sample, open_session, run_outputs
+from qcompile.shapes import shape_of
 from qcompile.targets.base import Target
 from qcompile.timing import speed_ratio
 from qcompile.traced import Batch, Kind
@@ -185,6 +186,6 @@ def _speeds(
     speeds = []
     for feed in timed or [first_sample(reference, held_back)]:
         ratio, rounds = speed_ratio(reference, compiled, feed)
-        dims = (*next(iter(feed.values())).shape, 1, 1)
-        speeds.append(Speed(batch=dims[0], sequence=dims[1], ratio=ratio, rounds=rounds))
+        batch, sequence = shape_of(feed)
+        speeds.append(Speed(batch=batch, sequence=sequence, ratio=ratio, rounds=rounds))
     return speeds
