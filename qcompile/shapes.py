@@ -97,7 +97,7 @@ def _filled(name: str, value: np.ndarray, batch: int, sequence: int) -> np.ndarr
 
 
 def shape_of(feed: Batch) -> Shape:
-    """Batch and sequence of `feed`: the first two sizes of its first input, 1 where it lacks one."""
+    """Batch and sequence of `feed`: the first two sizes of its first input, or 1."""
     dims = (*next(iter(feed.values())).shape, 1, 1)
     return dims[0], dims[1]
 
