@@ -23,20 +23,15 @@ from scipy import stats
 
 import qcompile
 from benchmarks.common import Feed, publish, windows
+from qcompile.calibration.data import TOKEN_SAMPLES
 from qcompile.calibration.run import calibrate
 from qcompile.choosing import scheme_choice
+from qcompile.gradients import Leaves, Tensor, measure_gradients
 from qcompile.linears import find_linears, find_sites
-from qcompile.measuring import short_samples
+from qcompile.measuring import damage_by_gradient, short_samples
 from qcompile.options import find_options
 from qcompile.precision import LABELS, PrecisionPlan
-from qcompile.sensitivity import (
-    SAMPLES,
-    TOKENS,
-    Leaves,
-    Tensor,
-    measure_damage,
-    quantized_activation,
-)
+from qcompile.sensitivity import TOKENS, quantized_activation
 from qcompile.smoothing import plan_smoothing
 from qcompile.spill import spill
 from qcompile.torch_graph import downstream, evaluate, frontier
@@ -62,7 +57,9 @@ def compare(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
     plain = qcompile.compile(str(arguments.model), scheme="fp32", output=work / "fp32")
     tokenizer = AutoTokenizer.from_pretrained(plain.path)
-    feeds = list(windows(tokenizer, arguments.calibration, 1, samples=40, length=256))
+    feeds = list(
+        windows(tokenizer, arguments.calibration, 1, samples=32 + TOKEN_SAMPLES + 8, length=256)
+    )
     graph = spill(ir.load(plain.path / "model.onnx"), work, "float")
     # Every implementation is wanted, whatever the default objective leaves out.
     config = qcompile.CompileConfig(objective="size")
@@ -71,16 +68,19 @@ def compare(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     seen = calibrate(graph, sites, feeds[:32], work)
     options = find_options(sites, config, target)
     chosen = scheme_choice(options)
-    Untie(list(chosen))(graph)
-    smoothing = plan_smoothing(find_sites(graph.graph), seen, config, chosen)
-    SmoothQuant(smoothing)(graph)
-    graph = spill(graph, work, "trial")
-    plans = trial_plans(find_sites(graph.graph), seen, smoothing, options, config, target)
-    path = work / "trial.onnx"
-    damage = measure_damage(
-        path, plans, short_samples(path, feeds, SAMPLES, TOKENS), "text-generation"
+    samples = short_samples(work / "float.onnx", feeds[32:], TOKEN_SAMPLES, TOKENS)
+    gradients = measure_gradients(work / "float.onnx", samples, "text-generation")
+    smoothed = graph.clone()
+    Untie(list(chosen))(smoothed)
+    smoothing = plan_smoothing(
+        find_sites(smoothed.graph), seen, config, chosen, importance=gradients.importance
     )
-    truth = Truth(path, short_samples(path, feeds[32:], 8, TOKENS))
+    SmoothQuant(smoothing)(smoothed)
+    damage = damage_by_gradient(graph, gradients, options, seen, smoothing, config, target)
+    smoothed = spill(smoothed, work, "trial")
+    plans = trial_plans(find_sites(smoothed.graph), seen, smoothing, options, config, target)
+    path = work / "trial.onnx"
+    truth = Truth(path, short_samples(path, feeds[32 + TOKEN_SAMPLES :], 8, TOKENS))
     rows = []
     for label in (known for known in LABELS if known in arguments.labels.split(",")):
         names = [name for name, parts in damage.items() if label in parts]
@@ -121,10 +121,10 @@ class Truth:
     def _log_probabilities(
         self, given: Any, ops: Collection[str], plan: PrecisionPlan | None
     ) -> Tensor:
-        def replaced(node: ir.Node, inputs: list[Any], made: Tensor) -> Tensor:
+        def replaced(node: ir.Node, inputs: list[Any]) -> Tensor:
             name = self.names.get(node, "")
             if plan is None or name not in ops:
-                return made
+                return torch.matmul(*inputs)
             op = plan.op(name)
             assert op.weight is not None
             weight = torch.from_numpy(op.weight.dequantized())

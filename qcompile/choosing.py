@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError
+from qcompile.gradients import Importance
 from qcompile.labelling import Cost, Item, Problem, Solution, front, solve
 from qcompile.linears import Linear, Site
 from qcompile.options import Options
@@ -22,8 +22,6 @@ from qcompile.precision import INT8, Choice, Label
 from qcompile.sensitivity import Damage
 from qcompile.targets.base import Target
 from qcompile.weight_blocks import BLOCK_SIZE
-
-Importance: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
 
 TIE: Final = 0.01
 """The damage of the scheme's own plan counts as this part of the float model's time: no accuracy is

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Final
 
 import onnx_ir as ir
 
 from qcompile.alone import measure_alone
-from qcompile.calibration.data import CalibrationData
+from qcompile.calibration.data import ROW_SAMPLES, TOKEN_SAMPLES, CalibrationData
 from qcompile.calibration.stats import Stats
-from qcompile.choosing import Importance, Measured
+from qcompile.choosing import Measured
 from qcompile.config import CompileConfig
 from qcompile.costs import default_path, open_costs
+from qcompile.gradients import Gradients, Importance, measure_gradients
 from qcompile.linears import find_sites
 from qcompile.options import Options
 from qcompile.passes.smooth_quant import SmoothQuant
@@ -23,18 +24,15 @@ from qcompile.passes.untie import Untie
 from qcompile.precision import INT8, LABELS, MODES, Choice, Label
 from qcompile.probe import Prober, Shape
 from qcompile.progress import Step
-from qcompile.sensitivity import SAMPLES, TOKENS, Damage, measure_damage, measure_importance
+from qcompile.sensitivity import TOKENS, Damage, measure_damage, sampled_weight
 from qcompile.session import divisible, first_sample, open_session
 from qcompile.shapes import rows_of, shape_of
-from qcompile.smoothing import plan_smoothing
+from qcompile.smoothing import SmoothingPlan, plan_smoothing
 from qcompile.spill import release, spill
 from qcompile.targets.base import Target
 from qcompile.torch_graph import UnsupportedOpError
 from qcompile.traced import Batch, TracedModel
 from qcompile.trials import trial_plans
-
-FEW_ROWS: Final = 16
-"""Samples to estimate damage from, where each gives one row of output."""
 
 
 def measure(
@@ -56,7 +54,7 @@ def measure(
         float_path: the same, lowered.
         options: of every Linear.
         stats: of every site.
-        data: a few short samples are cut from its calibration part.
+        data: short samples are cut from what it has to estimate damage on.
         timed: inputs to time at; none: the first held-back sample.
         config: options of the compilation.
         target: whose kernels.
@@ -67,7 +65,7 @@ def measure(
         ConfigError: the table of times is damaged, or another machine's and incomplete.
     """
     damage, importance, how = estimate_damage(
-        model, stats, options, config, target, data.calibration, work, progress
+        model, stats, options, config, target, data.estimated, work, progress
     )
     here = target.machine()
     table = open_costs(config.costs, here)
@@ -151,7 +149,7 @@ def estimate_damage(
     options: Mapping[str, Options],
     config: CompileConfig,
     target: Target,
-    calibration: Sequence[Batch],
+    batches: Sequence[Batch],
     work: Path,
     progress: Step,
 ) -> tuple[Damage, Importance | None, str]:
@@ -164,17 +162,18 @@ def estimate_damage(
     tokens = model.kind == "text-generation"
     samples = short_samples(
         work / "canonical.onnx",
-        calibration,
-        SAMPLES if tokens else FEW_ROWS,
+        batches,
+        TOKEN_SAMPLES if tokens else ROW_SAMPLES,
         TOKENS if tokens else None,
     )
-    importance, how = None, "gradient"
+    gradients, how = None, "gradient"
     try:
-        importance = measure_importance(
-            work / "canonical.onnx", samples, model.kind, seed=config.seed
+        gradients = measure_gradients(
+            work / "canonical.onnx", samples, model.kind, seed=config.seed, progress=progress
         )
     except UnsupportedOpError as unsupported:
         how = f"each op alone: no gradient through {unsupported} is known here"
+    importance = gradients.importance if gradients is not None else None
     modes = {n: next((m for m in found.labels if m in MODES), None) for n, found in options.items()}
     chosen = {n: Choice(mode or "float", "trial") for n, mode in modes.items()}
     graph = model.ir.clone()
@@ -182,21 +181,64 @@ def estimate_damage(
     smoothing = plan_smoothing(
         find_sites(graph.graph), stats, config, chosen, importance=importance
     )
+    if gradients is not None:
+        del graph
+        return (
+            damage_by_gradient(
+                model.ir, gradients, options, stats, smoothing, config, target, progress
+            ),
+            importance,
+            how,
+        )
     SmoothQuant(smoothing)(graph)
     graph = spill(graph, work, "trial")
     release(model.ir)
-    plans = trial_plans(find_sites(graph.graph), stats, smoothing, options, config, target)
+    trials = trial_plans(find_sites(graph.graph), stats, smoothing, options, config, target)
     release(graph)
     path = work / "trial.onnx"
-    if importance is not None:
-        damage = measure_damage(
-            path, plans, samples, model.kind, seed=config.seed, progress=progress
-        )
-    else:
-        damage = measure_alone(path, plans, samples, model.kind, target, progress=progress)
+    damage = measure_alone(path, trials, samples, model.kind, target, progress=progress)
     for name in ("trial.onnx", "trial.onnx.data"):
         (work / name).unlink()
     return damage, importance, how
+
+
+def damage_by_gradient(
+    model: ir.Model,
+    gradients: Gradients,
+    options: Mapping[str, Options],
+    stats: Mapping[str, Stats],
+    smoothing: SmoothingPlan,
+    config: CompileConfig,
+    target: Target,
+    progress: Step | None = None,
+) -> Damage:
+    """The damage of every implementation of every op.
+
+    Args:
+        model: the canonical float graph, not smoothed; its weights are unmapped when they are read.
+        gradients: of that graph; what was seen of an op is dropped when its damage is known.
+        options: of every Linear.
+        stats: of every site.
+        smoothing: what the implementations are to be tried with.
+        config: `ranges` and the recipe.
+        target: whether its kernel saturates.
+        progress: called with (sites done, sites in all).
+    """
+    damage: Damage = {}
+    sites = find_sites(model.graph)
+    for done, site in enumerate(sites):
+        # One site at a time: codes of all labels for all weights would not fit beside them.
+        scale = smoothing.scale_of(site.name)
+        own = {linear.name: options[linear.name] for linear in site.linears}
+        weights = partial(sampled_weight, scale=scale)
+        plans = trial_plans([site], stats, smoothing, own, config, target, weights)
+        for linear in site.linears:
+            seen = gradients.seen.pop(linear.name)
+            damage[linear.name] = measure_damage(linear, plans, seen, gradients.rows, scale)
+        release(model)
+        if progress:
+            progress(done + 1, len(sites))
+    return damage
 
 
 def short_samples(

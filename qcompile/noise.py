@@ -27,6 +27,7 @@ Array = npt.NDArray[Any]
 STATIC_LEVELS = 255
 TOKEN_LEVELS = 127
 WEIGHT_LEVELS = 127
+_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ class WeightMoments:
     """What the prediction needs of a site's weights, all consumers side by side [K, N].
 
     Attributes:
-        squares: float64 [K], Σ_n w_jn² weighted by importance.
+        squares: float64 [K], Σ_n w_jn² weighted by importance: how much a squared error of each
+            channel counts, where that was not measured as it is, through all consumers at once.
         largest: float64 [K], max_n |w_jn|.
         weights: the float32 matrix itself; step sizes δ_n depend on s row by row.
         importance: float64 [N], how much a squared error of each output counts: E[g²] of the
@@ -47,11 +49,15 @@ class WeightMoments:
     importance: Array
 
     @classmethod
-    def of(cls, weights: Array, importance: Array | None = None) -> WeightMoments:
+    def of(
+        cls, weights: Array, importance: Array | None = None, squares: Array | None = None
+    ) -> WeightMoments:
         if importance is None:
             importance = np.ones(weights.shape[1])
+        if squares is None:
+            squares = np.einsum("kn,kn,n->k", weights, weights, importance, dtype=np.float64)
         return cls(
-            squares=np.einsum("kn,kn,n->k", weights, weights, importance, dtype=np.float64),
+            squares=squares,
             largest=np.abs(weights).max(axis=1).astype(np.float64),
             weights=weights,
             importance=importance,
@@ -68,13 +74,23 @@ def output_error(
     per_value = np.minimum(step**2 / 12.0, np.square(values))
     per_channel = np.einsum("kb,kb->k", per_value, counts) / seen
     from_activations = float(per_channel @ (weights.squares * scale**2))
-    steps = np.abs(weights.weights * scale[:, None].astype(np.float32)).max(axis=0) / WEIGHT_LEVELS
+    steps = _largest(weights.weights, scale.astype(np.float32)) / WEIGHT_LEVELS
     from_weights = float(
         (np.square(steps, dtype=np.float64) * weights.importance).sum()
         / 12.0
         * (stats.second_moment / scale**2).sum()
     )
     return from_activations + from_weights
+
+
+def _largest(weights: Array, scale: Array) -> Array:
+    """max_j |s_j w_jn|, [N], by a few rows at a time: they stay in the cache."""
+    largest = np.zeros(weights.shape[1], np.float32)
+    for start in range(0, len(weights), _ROWS):
+        rows = slice(start, start + _ROWS)
+        scaled = np.abs(weights[rows] * scale[rows, None])
+        np.maximum(largest, scaled.max(axis=0), out=largest)
+    return largest
 
 
 def _step(stats: Stats, scale: Array, activations: Activations) -> float:

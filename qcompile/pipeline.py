@@ -17,9 +17,10 @@ from qcompile.calibration.data import CalibrationData, check_calibration_path, l
 from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
-from qcompile.choosing import Importance, decide, scheme_choice
+from qcompile.choosing import decide, scheme_choice
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
+from qcompile.gradients import Importance
 from qcompile.limits import broken_limits, check_limits, check_plan_paths
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
@@ -241,7 +242,7 @@ def _calibration_data(
     if not scheme.quantizes:
         # Random inputs do to compare two float graphs; a model's own text is slow to write.
         model = dataclasses.replace(model, kind="other")
-        config = config.model_copy(update={"samples": 4})
+        config = config.model_copy(update={"samples": 4, "objective": "scheme"})
     return generate_calibration(model, session, config, progress=step)
 
 

@@ -40,6 +40,7 @@ def plan_precision(
     config: CompileConfig,
     target: Target,
     *,
+    weights: Callable[[Linear], Array] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PrecisionPlan:
     """Scales, zero points and weight codes for what was chosen.
@@ -51,7 +52,10 @@ def plan_precision(
         chosen: the implementation of every Linear.
         config: `ranges` and the recipe.
         target: whether its kernel saturates.
+        weights: what to round of each Linear, float32 [K, any]; None: its weight.
+        progress: called with (sites done, sites in all).
     """
+    weights = weights or weight_of
     site_plans: list[SitePlan] = []
     ops: list[OpPlan] = []
     for done, site in enumerate(sites):
@@ -72,7 +76,7 @@ def plan_precision(
             weight = None
             if choice.mode is not None:
                 assert activation is not None
-                exact = weight_of(linear)
+                exact = weights(linear)
                 weight = quantize_weight(
                     exact if activation.split is None else activation.split.extend(exact),
                     moment,
@@ -80,7 +84,7 @@ def plan_precision(
                     neighbours,
                 )
             elif choice.precision != "float":
-                weight = quantize_blocks(weight_of(linear), bits=BITS[choice.precision])
+                weight = quantize_blocks(weights(linear), bits=BITS[choice.precision])
             ops.append(
                 OpPlan(
                     name=linear.name,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from qcompile.calibration.stats import Stats
 from qcompile.config import CompileConfig, Smooth
+from qcompile.gradients import Importance
 from qcompile.linears import Linear, Site
 from qcompile.noise import WeightMoments, output_error
 from qcompile.precision import Choice
@@ -90,7 +92,7 @@ def plan_smoothing(
     config: CompileConfig,
     chosen: Mapping[str, Choice],
     replayed: Mapping[str, float | None] | None = None,
-    importance: Mapping[str, Array] | None = None,
+    importance: Importance | None = None,
 ) -> SmoothingPlan:
     """Decide α per site.
 
@@ -100,7 +102,7 @@ def plan_smoothing(
         config: `smooth` and the recipe.
         chosen: which Linears are going to be INT8; a site without any is left alone.
         replayed: α by site, of an earlier plan, in place of `smooth`.
-        importance: of the outputs of every Linear, float64 [N], by name; None: all count alike.
+        importance: of the channels of every Linear and site; None: all outputs count alike.
     """
     linears = [linear for site in sites for linear in site.linears]
     # What later folds do to a weight's output columns, by Linear. Sites are planned last to first:
@@ -110,8 +112,10 @@ def plan_smoothing(
     for site in reversed(sites):
         smooth = _smooth_of(site, config, replayed or {})
         forced = site.name in (replayed or {})
-        counts = _importance(site, columns, importance) if importance is not None else None
-        entry = _plan_site(site, linears, stats[site.name], smooth, forced, columns, chosen, counts)
+        moments = partial(_moments, site, columns, importance)
+        entry = _plan_site(
+            site, linears, stats[site.name], smooth, forced, columns, chosen, moments
+        )
         entries.append(entry)
         producer = entry.producer
         if producer is not None and producer.kind == "linear":
@@ -128,7 +132,7 @@ def _plan_site(
     forced: bool,
     columns: Mapping[str, Array],
     chosen: Mapping[str, Choice],
-    importance: Array | None,
+    moments: Callable[[], WeightMoments],
 ) -> Smoothing:
     nothing = Smoothing(site.name, None, "", np.ones(site.channels))
     planned = [linear for linear in site.linears if chosen[linear.name].mode is not None]
@@ -146,7 +150,7 @@ def _plan_site(
         if not producer.insertable:
             return dataclasses.replace(nothing, reason=f"refused: {producer.reason}")
         producer = inserted_mul(site)
-    weights = WeightMoments.of(_stacked(site, columns), importance)
+    weights = moments()
     groups = producer.channels
     candidates: dict[float | None, Array] = {None: np.ones(site.channels)}
     for alpha in ALPHAS if smooth == "auto" else (float(smooth),):
@@ -178,18 +182,24 @@ def _plan_site(
     )
 
 
-def _importance(site: Site, columns: Mapping[str, Array], importance: Mapping[str, Array]) -> Array:
-    """Of the outputs of all consumers side by side, [ΣN], as later folds leave their columns."""
+def _moments(
+    site: Site, columns: Mapping[str, Array], importance: Importance | None
+) -> WeightMoments:
+    """Of all consumers side by side, as later folds leave their columns."""
+    weights = _stacked(site, columns)
+    if importance is None or site.name not in importance.inputs:
+        return WeightMoments.of(weights)
     parts = []
     for linear in site.linears:
-        counts = importance.get(linear.name, np.zeros(linear.out_features))
+        counts = importance.outputs.get(linear.name, np.zeros(linear.out_features))
         divisor = columns.get(linear.name)
         # An output that was divided by s moves the model s times as much.
         parts.append(counts if divisor is None else counts * np.square(divisor))
-    stacked = np.concatenate(parts)
-    mean = float(stacked.mean())
-    result: Array = stacked / mean if mean > 0 else np.ones(len(stacked))
-    return result
+    outputs = np.concatenate(parts)
+    if not outputs.any():
+        return WeightMoments.of(weights)
+    mean = float(outputs.mean())
+    return WeightMoments.of(weights, outputs / mean, importance.inputs[site.name] / mean)
 
 
 def _smooth_of(site: Site, config: CompileConfig, replayed: Mapping[str, float | None]) -> Smooth:

@@ -67,7 +67,7 @@ def evaluate(
     nodes: Sequence[ir.Node],
     given: Mapping[ir.Value, np.ndarray],
     constants: dict[ir.Value, Tensor],
-    hook: Callable[[ir.Node, list[Any], Tensor], Tensor] | None = None,
+    hook: Callable[[ir.Node, list[Any]], Tensor] | None = None,
 ) -> Values:
     """Run `nodes` in order.
 
@@ -75,7 +75,7 @@ def evaluate(
         nodes: from `downstream`.
         given: the values of `frontier`.
         constants: initializers as tensors; filled as they are met, so that calls can share it.
-        hook: sees every MatMul with its inputs and output, and returns the output to go on with.
+        hook: computes every MatMul of its inputs.
 
     Returns:
         Every value computed, and what was given.
@@ -100,11 +100,12 @@ def evaluate(
     for node in nodes:
         inputs = [read(value) for value in node.inputs]
         try:
-            made = _OPS[node.op_type](node, inputs)
+            if hook is not None and node.op_type == "MatMul":
+                made = hook(node, inputs)
+            else:
+                made = _OPS[node.op_type](node, inputs)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
             raise UnsupportedOpError(f"{node.op_type} as it is here") from error
-        if hook is not None and node.op_type == "MatMul":
-            made = hook(node, inputs, made)
         for output, tensor in zip(
             node.outputs, made if isinstance(made, tuple | list) else (made,), strict=False
         ):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from qcompile.calibration.stats import Stats
 from qcompile.config import CompileConfig
-from qcompile.linears import Site
+from qcompile.linears import Linear, Site
 from qcompile.options import Options
-from qcompile.planning import plan_activation, plan_precision
+from qcompile.planning import Array, plan_activation, plan_precision
 from qcompile.precision import LABELS, Choice, Label, OpPlan, PrecisionPlan, SitePlan
 from qcompile.smoothing import SmoothingPlan
 from qcompile.targets.base import Target
@@ -22,8 +22,9 @@ def trial_plans(
     options: Mapping[str, Options],
     config: CompileConfig,
     target: Target,
+    weights: Callable[[Linear], Array] | None = None,
 ) -> dict[Label, PrecisionPlan]:
-    """A plan per label, for sites and statistics as `plan_precision` takes them.
+    """A plan per label, for sites, statistics and weights as `plan_precision` takes them.
 
     Rounding weights takes longest, so plans share codes where they would be the same or nearly.
     """
@@ -35,7 +36,9 @@ def trial_plans(
         if not having:
             continue
         if donor is None or not having <= {op.name for op in donor.quantized}:
-            plans[label] = plan_precision(sites, stats, smoothing, chosen, config, target)
+            plans[label] = plan_precision(
+                sites, stats, smoothing, chosen, config, target, weights=weights
+            )
         else:
             seen = {s.name: stats[s.name].scaled(smoothing.scale_of(s.name)) for s in sites}
             plans[label] = _given(donor, label, sites, seen, chosen, config)

@@ -25,8 +25,10 @@ Array = npt.NDArray[Any]
 LEVELS: Final = 127
 LIMIT: Final = 32767
 _SHRINK: Final = 0.80
-_STEPS: Final = 20
+_STEPS: Final = 8
 _BLOCK: Final = 256
+_LAZY: Final = 16
+_ROW: Final = 4096  # values that are rounded at once: few calls, and rows that stay in the cache
 _DAMPING: Final = 0.01
 _HUGE: Final = 1e30
 
@@ -79,19 +81,19 @@ def quantize_weight(
     depth, width = weight.shape
     importance = np.ones(depth) if second_moment is None else np.asarray(second_moment, np.float64)
     importance = np.maximum(importance / max(float(importance.mean()), 1e-30), 1e-6)
-    even = depth + depth % 2
-    importance = np.pad(importance, (0, even - depth), constant_values=1.0).astype(np.float32)
+    counts = _apart(importance.astype(np.float32), 1.0)
     if highest is not None:
-        highest = np.pad(np.maximum(highest, 1), (0, even - depth), constant_values=1)
-        highest = highest.astype(np.float32)
+        highest = np.maximum(highest, 1).astype(np.float32)
+    reach = None if highest is None else _apart(highest, 1.0)
     codes = np.empty((depth, width), np.int8)
     scale = np.empty(width, np.float32)
     for start in range(0, width, _BLOCK):
-        block = np.zeros((min(_BLOCK, width - start), even), np.float32)
-        block[:, :depth] = weight[:, start : start + _BLOCK].T
-        best_codes, best_scale = _quantize_block(block, importance, highest)
-        codes[:, start : start + _BLOCK] = best_codes[:, :depth].T
-        scale[start : start + _BLOCK] = best_scale
+        part = slice(start, start + _BLOCK)
+        block = _apart(np.ascontiguousarray(weight[:, part].T, np.float32), 0.0)
+        found, scale[part] = _quantize_block(block, counts, reach)
+        half = found.shape[1] // 2
+        codes[0::2, part] = found[:, :half].T
+        codes[1::2, part] = found[:, half : half + depth // 2].T
     if neighbours is not None:
         codes = _compensate(weight, codes, scale, highest, neighbours)
     return QuantizedWeight(codes=codes, scale=scale)
@@ -114,15 +116,22 @@ def violations(codes: Array, highest: Array) -> int:
     return count
 
 
+def _apart(values: Array, padding: float) -> Array:
+    """Input channels [..., K] as the first of every pair, then the second of every pair."""
+    if values.shape[-1] % 2:
+        values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, 1)], constant_values=padding)
+    return np.concatenate([values[..., 0::2], values[..., 1::2]], axis=-1)
+
+
 def _quantize_block(block: Array, importance: Array, highest: Array | None) -> tuple[Array, Array]:
-    """Codes [n, K] and scales [n] of output channels `block` [n, K], K even."""
+    """Codes [n, K] and scales [n] of output channels `block` [n, K], its pairs `_apart`."""
     top = np.maximum(np.abs(block).max(axis=1), 1e-30) / LEVELS
     # Both ways from the scale that maps the largest weight to 127: smaller ones clip a few weights
     # for a finer step, larger ones keep pairs inside the bound.
     ratios = np.repeat(np.linspace(_SHRINK, 1.0, _STEPS)[:, None], len(block), axis=1)
     if highest is not None:
         enlarge = np.maximum(_safe_scale(block, highest) / top, 1.0)
-        up = np.linspace(0.0, 1.0, _STEPS // 2 + 1)[1:, None]
+        up = np.linspace(0.0, 1.0, _STEPS + 1)[1:, None]
         ratios = np.concatenate([ratios, 1.0 + (enlarge - 1.0) * up])
     best = np.full(len(block), np.inf)
     best_codes, best_scale = np.zeros_like(block), top.astype(np.float32)
@@ -142,7 +151,7 @@ def _quantize_block(block: Array, importance: Array, highest: Array | None) -> t
 def _safe_scale(block: Array, highest: Array) -> Array:
     """The scale of each output channel [n] from which on no rounding can break the bound."""
     reached = [np.maximum(block, 0) * highest, np.maximum(-block, 0) * highest]
-    pairs = [(part[:, 0::2] + part[:, 1::2]).max(axis=1) for part in reached]
+    pairs = [np.add(*np.split(part, 2, axis=1)).max(axis=1) for part in reached]
     # Rounding adds up to half a code to each of the two.
     result: Array = np.maximum(*pairs) / (LIMIT - 255)
     return result
@@ -155,16 +164,16 @@ def _keep_pairs_inside(codes: Array, target: Array, highest: Array, importance: 
     sign. The real-valued optimum lies on the bound, at the foot of the error-weighted normal; the
     integers around it are tried, each with the largest partner that fits.
     """
-    a, b = codes[:, 0::2], codes[:, 1::2]
-    high_a, high_b = highest[0::2], highest[1::2]
-    row, pair = np.nonzero((np.abs(a * high_a + b * high_b) > LIMIT) & (a * b > 0))
+    a, b = np.split(codes, 2, axis=1)
+    high_a, high_b = np.split(highest, 2)
+    row, pair = np.nonzero(np.abs(a * high_a + b * high_b) > LIMIT)
     if len(row) == 0:
         return
     sign = np.sign(a[row, pair])
     start_a, start_b = np.abs(a[row, pair]), np.abs(b[row, pair])
-    want_a, want_b = np.abs(target[:, 0::2][row, pair]), np.abs(target[:, 1::2][row, pair])
+    want_a, want_b = (np.abs(part[row, pair]) for part in np.split(target, 2, axis=1))
     h_a, h_b = high_a[pair], high_b[pair]
-    m_a, m_b = importance[0::2][pair], importance[1::2][pair]
+    m_a, m_b = (part[pair] for part in np.split(importance, 2))
     excess = np.maximum(want_a * h_a + want_b * h_b - LIMIT, 0.0)
     foot = np.floor(want_a - excess * (h_a / m_a) / (h_a * h_a / m_a + h_b * h_b / m_b))
     best = np.full(len(row), np.inf)
@@ -183,35 +192,55 @@ def _compensate(
     weight: Array, codes: Array, scale: Array, highest: Array | None, neighbours: Neighbours
 ) -> Array:
     """GPTQ within blocks: `codes` [K, N], or better ones for the channels where they are found."""
-    gram, factors = neighbours.gram, neighbours.factors
-    size = gram.shape[1]
-    made = np.empty_like(codes)
-    plain, compensated = np.zeros(len(scale)), np.zeros(len(scale))
-    for number, start in enumerate(range(0, len(weight), size)):
-        rows = slice(start, min(start + size, len(weight)))
-        width = rows.stop - start
-        wanted = np.asarray(weight[rows], np.float32)
-        reach = None if highest is None else highest[rows].astype(np.float32)
-        factor = factors[number, :width, :width].astype(np.float32)
-        rounded = _round_in_turn(wanted / scale, reach, factor)
-        block = gram[number, :width, :width]
-        for total, candidate in ((plain, codes[rows]), (compensated, rounded)):
-            miss = wanted - candidate * scale
-            total += np.einsum("kn,kn->n", miss, block @ miss)
-        made[rows] = rounded
-    return np.where(compensated < plain, made, codes)
+    depth, width = weight.shape
+    gram, factors = neighbours.gram.astype(np.float32), neighbours.factors.astype(np.float32)
+    blocks, size = gram.shape[:2]
+
+    def blocked(values: Array, padding: float = 0.0) -> Array:
+        """[K, ...] as [size, blocks, ...]: one channel of every block is a row."""
+        wide = np.full((blocks * size, *values.shape[1:]), padding, np.float32)
+        wide[:depth] = values
+        return np.ascontiguousarray(wide.reshape(blocks, size, *values.shape[1:]).swapaxes(0, 1))
+
+    reach = None if highest is None else blocked(highest[:depth], 1.0)
+    result = codes.copy()
+    columns = max(_ROW // blocks, 1)
+    for start in range(0, width, columns):
+        part = slice(start, start + columns)
+        wanted = blocked(weight[:, part])
+        rounded = _round_in_turn(wanted / scale[part], reach, factors)
+        errors = []
+        for candidate in (blocked(codes[:, part]), rounded):
+            miss = (wanted - candidate * scale[part]).swapaxes(0, 1)
+            errors.append(np.einsum("bkn,bkn->n", miss, gram @ miss))
+        better = errors[1] < errors[0]
+        rounded = rounded.swapaxes(0, 1).reshape(blocks * size, -1)[:depth]
+        result[:, part] = np.where(better, rounded, codes[:, part])
+    return result
 
 
-def _round_in_turn(left: Array, reach: Array | None, factor: Array) -> Array:
-    """Round `left` [k, N], in units of a code, row by row; later rows make up for each error."""
-    made = np.empty_like(left)
-    for j in range(len(left)):
-        code = np.clip(np.rint(left[j]), -LEVELS, LEVELS)
-        if reach is not None and j % 2:
-            room = np.floor((LIMIT - np.abs(made[j - 1]) * reach[j - 1]) / reach[j])
-            crowded = (made[j - 1] * code > 0) & (np.abs(code) > room)
-            code[crowded] = np.sign(code[crowded]) * room[crowded]
-        made[j] = code
-        error = (left[j] - code) / factor[j, j]
-        left[j + 1 :] -= factor[j, j + 1 :, None] * error
+def _round_in_turn(left: Array, reach: Array | None, factors: Array) -> Array:
+    """Round `left` [size, blocks, N], in units of a code, row by row; later rows make up for each
+    error.
+
+    Rows far behind are corrected for `_LAZY` errors at once: one matrix product.
+    """
+    made, errors = np.empty_like(left), np.empty_like(left)
+    size = len(left)
+    for start in range(0, size, _LAZY):
+        stop = min(start + _LAZY, size)
+        for j in range(start, stop):
+            code = np.clip(np.rint(left[j]), -LEVELS, LEVELS)
+            if reach is not None and j % 2:
+                before = made[j - 1]
+                room = np.floor(
+                    (LIMIT - np.abs(before) * reach[j - 1, :, None]) / reach[j, :, None]
+                )
+                crowded = (before * code > 0) & (np.abs(code) > room)
+                code[crowded] = np.sign(code[crowded]) * room[crowded]
+            made[j] = code
+            errors[j] = (left[j] - code) / factors[:, j, j, None]
+            left[j + 1 : stop] -= factors[:, j, j + 1 : stop].T[:, :, None] * errors[j]
+        made_up = factors[:, start:stop, stop:].swapaxes(1, 2) @ errors[start:stop].swapaxes(0, 1)
+        left[stop:] -= made_up.swapaxes(0, 1)
     return made

@@ -250,13 +250,14 @@ def test_data_in_any_form_gives_the_same_graph(
     texts = documents.split("<|endoftext|>\n")
     path = tmp_path / "texts.txt"
     path.write_text("<|endoftext|>\n".join(texts[:8]), encoding="utf-8")
-    by_path = compiled(tiny_onnx, tmp_path / "path", path, recipe=ONE_LAYER)
+    plain: dict[str, Any] = {"recipe": ONE_LAYER, "objective": "scheme"}
+    by_path = compiled(tiny_onnx, tmp_path / "path", path, **plain)
     assert by_path.report.calibration == str(path)
-    by_text = compiled(tiny_onnx, tmp_path / "texts", iter(texts[:8]), recipe=ONE_LAYER)
+    by_text = compiled(tiny_onnx, tmp_path / "texts", iter(texts[:8]), **plain)
     assert graph_of(by_text) == graph_of(by_path)
     rows = [[BOS, *(FIRST_BYTE + b for b in text.encode()[:31])] for text in texts[:8]]
     feeds = [feed([row]) for row in rows]
-    by_feed = compiled(tiny_onnx, tmp_path / "feeds", feeds, recipe=ONE_LAYER)
+    by_feed = compiled(tiny_onnx, tmp_path / "feeds", feeds, **plain)
     assert graph_of(by_feed) == graph_of(by_path)
     assert by_path.report.samples == by_text.report.samples == by_feed.report.samples == 4
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from qcompile.passes.weight_only import WeightOnlyMatMul
 
 from qcompile.config import Activations
 from qcompile.errors import CalibrationError
-from qcompile.linears import find_sites
+from qcompile.gradients import measure_gradients
+from qcompile.linears import find_linears, find_sites
 from qcompile.outliers import Split
 from qcompile.planning import weight_of
 from qcompile.precision import (
@@ -182,8 +184,26 @@ def divergence(kind: Kind, reference: np.ndarray, found: np.ndarray) -> float:
     return float(np.square(found - reference).sum() / np.square(reference).sum())
 
 
+def measured(
+    path: Path,
+    plans: dict[Label, PrecisionPlan],
+    feeds: list[Batch],
+    kind: Kind,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Damage:
+    """The estimate for every op of a graph that is not smoothed."""
+    gradients = measure_gradients(path, feeds, kind, seed=seed, progress=progress)
+    found = {
+        linear.name: measure_damage(linear, plans, gradients.seen[linear.name], gradients.rows)
+        for linear in find_linears(loaded(path).graph)
+    }
+    return {name: parts for name, parts in found.items() if parts}
+
+
 def truth(path: Path, plans: dict[Label, PrecisionPlan], feeds: list[Batch], kind: Kind) -> Damage:
-    """What `measure_damage` estimates, by quantising each op alone."""
+    """What `measured` estimates, by quantising each op alone."""
     model = loaded(path)
     reference = [output_of(model, feed) for feed in feeds]
     damage: Damage = {}
@@ -225,7 +245,7 @@ def test_kl_of_every_op_quantised_alone(external: bool, tmp_path: Path) -> None:
     feeds: list[Batch] = [{"x": inputs(128, seed=seed)} for seed in range(4)]
     plans = plans_of(path, feeds)
     done: list[tuple[int, int]] = []
-    estimated = measure_damage(
+    estimated = measured(
         path, plans, feeds, "text-classification", progress=lambda *at: done.append(at)
     )
     assert set(estimated) == {"m", "n"}
@@ -239,7 +259,7 @@ def test_kl_of_every_token(tmp_path: Path) -> None:
     path = network(TOKENS.format(output="logits"), tmp_path)
     feeds: list[Batch] = [{"x": inputs(1, 128, seed=seed)} for seed in range(4)]
     plans = plans_of(path, feeds)
-    estimated = measure_damage(path, plans, feeds, "text-generation")
+    estimated = measured(path, plans, feeds, "text-generation")
     assert set(estimated) == {"m", "g", "logits"}
     assert_near(estimated, truth(path, plans, feeds, "text-generation"))
 
@@ -248,7 +268,7 @@ def test_cosine_of_pooled_embeddings(tmp_path: Path) -> None:
     path = network(TOKENS.format(output="last_hidden_state"), tmp_path)
     feeds: list[Batch] = [{"x": inputs(128, 4, seed=seed)} for seed in range(4)]
     plans = plans_of(path, feeds)
-    estimated = measure_damage(path, plans, feeds, "feature-extraction")
+    estimated = measured(path, plans, feeds, "feature-extraction")
     assert_near(estimated, truth(path, plans, feeds, "feature-extraction"))
 
 
@@ -256,7 +276,7 @@ def test_squared_error_of_anything_else(tmp_path: Path) -> None:
     path = network(TOKENS.format(output="y"), tmp_path)
     feeds: list[Batch] = [{"x": inputs(4, 8, seed=seed)} for seed in range(32)]
     plans = plans_of(path, feeds)
-    estimated = measure_damage(path, plans, feeds, "other")
+    estimated = measured(path, plans, feeds, "other")
     assert_near(estimated, truth(path, plans, feeds, "other"))
 
 
@@ -277,9 +297,9 @@ def test_masked_tokens_do_not_count(kind: Kind, tmp_path: Path) -> None:
     mask = np.repeat([[1] * 16 + [0] * 9], 3, axis=0)
     plans = plans_of(path, [{"x": x}])
     del plans["dynamic"]  # its range is the whole tensor's
-    short = measure_damage(path, plans, [{"x": x}], kind)
+    short = measured(path, plans, [{"x": x}], kind)
     padded: Batch = {"x": np.concatenate([x, loud], axis=1), "attention_mask": mask}
-    found = measure_damage(path, plans, [padded], kind)
+    found = measured(path, plans, [padded], kind)
     for name, parts in short.items():
         assert found[name] == pytest.approx(parts, rel=1e-4)
 
@@ -290,9 +310,9 @@ def test_damage_is_a_mean_over_rows(tmp_path: Path) -> None:
     x = inputs(300)
     plans = plans_of(path, [{"x": x}])
     del plans["dynamic"]
-    whole = measure_damage(path, plans, [{"x": x}], "text-classification")
+    whole = measured(path, plans, [{"x": x}], "text-classification")
     parts: list[Batch] = [{"x": x[:200]}, {"x": x[200:]}]
-    apart = measure_damage(path, plans, parts, "text-classification")
+    apart = measured(path, plans, parts, "text-classification")
     for name, labels in whole.items():  # of other draws
         assert apart[name] == pytest.approx(labels, rel=0.2)
 
@@ -302,7 +322,7 @@ def test_the_same_seed_gives_the_same_damage(tmp_path: Path) -> None:
     feeds: list[Batch] = [{"x": inputs(16, seed=seed)} for seed in range(2)]
     plans = plans_of(path, feeds)
     first, again, other = (
-        measure_damage(path, plans, feeds, "text-classification", seed=seed) for seed in (3, 3, 4)
+        measured(path, plans, feeds, "text-classification", seed=seed) for seed in (3, 3, 4)
     )
     assert first == again
     assert first != other
@@ -313,11 +333,11 @@ def test_what_a_plan_leaves_in_float_has_no_entry(tmp_path: Path) -> None:
     feeds: list[Batch] = [{"x": inputs(16)}]
     plans = plans_of(path, feeds)
     plans["token"] = plans_of(path, feeds, floats=("m",))["token"]
-    damage = measure_damage(path, plans, feeds, "text-classification")
+    damage = measured(path, plans, feeds, "text-classification")
     assert set(damage["m"]) == set(LABELS) - {"token"}
     assert set(damage["n"]) == set(LABELS)
     last = {label: plans_of(path, feeds, floats=("m",))[label] for label in LABELS}
-    assert set(measure_damage(path, last, feeds, "text-classification")) == {"n"}
+    assert set(measured(path, last, feeds, "text-classification")) == {"n"}
 
 
 def test_an_exact_op_does_no_damage(tmp_path: Path) -> None:
@@ -339,7 +359,7 @@ def test_an_exact_op_does_no_damage(tmp_path: Path) -> None:
         for op in plan.ops
     )
     plans: dict[Label, PrecisionPlan] = {"static": PrecisionPlan(sites, ops)}
-    damage = measure_damage(path, plans, [{"x": x}], "text-classification")
+    damage = measured(path, plans, [{"x": x}], "text-classification")
     assert damage["m"]["static"] < 1e-9 * damage["n"]["static"]
 
 
@@ -354,7 +374,7 @@ def test_a_model_of_nan_is_refused(kind: Kind, tmp_path: Path) -> None:
     broken[3, 4] = np.nan
     path = network(CLASSIFIER, tmp_path, u=broken)
     with pytest.raises(CalibrationError, match="outputs or gradients are NaN or infinite"):
-        measure_damage(path, plans, feeds, kind)
+        measured(path, plans, feeds, kind)
 
 
 def test_an_op_that_is_not_known_is_named(tmp_path: Path) -> None:
@@ -362,7 +382,7 @@ def test_an_op_that_is_not_known_is_named(tmp_path: Path) -> None:
     path = network(text, tmp_path)
     feeds: list[Batch] = [{"x": inputs(4)}]
     with pytest.raises(UnsupportedOpError, match=r"ai\.onnx\.Softsign"):
-        measure_damage(path, plans_of(path, feeds), feeds, "text-classification")
+        measured(path, plans_of(path, feeds), feeds, "text-classification")
 
 
 # activations

@@ -433,7 +433,7 @@ def test_a_part_is_evaluated_from_what_it_starts_from() -> None:
     np.testing.assert_array_equal(again[model.graph.outputs[0]].numpy(), np.zeros((2, 4)))
 
 
-def test_the_hook_sees_every_matmul_and_decides_what_goes_on() -> None:
+def test_the_hook_computes_every_matmul() -> None:
     model = parts()
     nodes = downstream(model.graph, [made_by(model, "m")])
     given = {
@@ -442,10 +442,9 @@ def test_the_hook_sees_every_matmul_and_decides_what_goes_on() -> None:
     }
     seen: dict[str, list[torch.Tensor]] = {}
 
-    def hook(node: ir.Node, inputs: list[torch.Tensor], made: torch.Tensor) -> torch.Tensor:
-        np.testing.assert_array_equal(made.numpy(), (inputs[0] @ inputs[1]).numpy())
+    def hook(node: ir.Node, inputs: list[torch.Tensor]) -> torch.Tensor:
         seen[str(node.outputs[0].name)] = inputs
-        return made * 2
+        return 2 * torch.matmul(*inputs)
 
     plain, doubled = evaluate(nodes, given, {}), evaluate(nodes, given, {}, hook)
     assert list(seen) == ["m", "n"]
@@ -484,7 +483,8 @@ def test_gradients_are_slopes(name: str) -> None:
     direction = torch.from_numpy(rng.standard_normal((2, 4, 3)))
 
     def loss(added: torch.Tensor) -> torch.Tensor:
-        def hook(node: ir.Node, inputs: list[torch.Tensor], made: torch.Tensor) -> torch.Tensor:
+        def hook(node: ir.Node, inputs: list[torch.Tensor]) -> torch.Tensor:
+            made = torch.matmul(*inputs)
             return made + added if node.outputs[0].name == name else made
 
         values = evaluate(nodes, given, constants, hook)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qcompile.calibration.feeds import feed_samples, npz_files, read_npz
 from qcompile.calibration.samples import Sample, batches, count, held_back_size, split, take
@@ -14,7 +14,13 @@ from qcompile.calibration.text import check_text, read_documents, text_samples
 from qcompile.calibration.tokens import TokenInputs, fixed_length_warnings, sequence_length
 from qcompile.config import CompileConfig
 from qcompile.errors import CalibrationError, check_reachable
-from qcompile.traced import Batch, TracedModel
+from qcompile.traced import Batch, Kind, TracedModel
+
+TOKEN_SAMPLES: Final = 4
+"""To estimate damage on, where each gives many rows of output."""
+
+ROW_SAMPLES: Final = 16
+"""Where each gives one."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class CalibrationData:
         origin: where the data came from, for the report.
         warnings: sentences for the user.
         samples: how many samples `calibration` holds.
+        estimated: what damage is estimated on, seen by neither: static ranges clip on new data.
+            The same as `calibration` where there is too little data.
     """
 
     calibration: tuple[Batch, ...]
@@ -35,6 +43,7 @@ class CalibrationData:
     origin: str
     warnings: tuple[str, ...]
     samples: int
+    estimated: tuple[Batch, ...]
 
 
 def load_calibration(
@@ -71,11 +80,32 @@ def load_calibration(
     return _from_feeds(_only_feeds(everything), "the feeds given", model, config)
 
 
+def samples_wanted(kind: Kind, config: CompileConfig) -> int:
+    """How many samples are worth reading: to calibrate, to hold back, to estimate damage on."""
+    return config.samples + held_back_size(config.samples) + _estimated(kind, config)
+
+
+def _estimated(kind: Kind, config: CompileConfig) -> int:
+    if config.objective == "scheme":
+        return 0
+    return TOKEN_SAMPLES if kind == "text-generation" else ROW_SAMPLES
+
+
 def assemble(
-    samples: Sequence[Sample], origin: str, warnings: Sequence[str], config: CompileConfig
+    samples: Sequence[Sample],
+    origin: str,
+    warnings: Sequence[str],
+    kind: Kind,
+    config: CompileConfig,
 ) -> CalibrationData:
     """Split and batch. `samples` hold at least one."""
     notes = list(warnings)
+    # What is left over, but an eighth of what there is at least.
+    total = count(samples)
+    left = total - config.samples - held_back_size(config.samples)
+    few = min(_estimated(kind, config), max(left, total // 8))
+    estimated = take(reversed(samples[1:]), few)[::-1] if few else []
+    samples = samples[: len(samples) - len(estimated)]
     calibration, held_back = split(samples, config.samples)
     got = count(calibration)
     if len(samples) == 1:
@@ -92,6 +122,7 @@ def assemble(
         origin=origin,
         warnings=tuple(notes),
         samples=got,
+        estimated=batches(estimated or calibration),
     )
 
 
@@ -126,7 +157,7 @@ def _from_texts(
 ) -> CalibrationData:
     inputs = TokenInputs.of(model)
     length = sequence_length(model, inputs, config)
-    wanted = config.samples + held_back_size(config.samples)
+    wanted = samples_wanted(model.kind, config)
     samples = take(text_samples(documents, model, inputs, length, wanted), wanted)
     if not samples:
         raise CalibrationError(_no_text(origin, inputs, length))
@@ -137,7 +168,7 @@ def _from_texts(
             f"{origin}: {short} of {count(samples)} samples are shorter than {length} tokens, "
             "because the text has too few long documents"
         )
-    return assemble(samples, origin, warnings, config)
+    return assemble(samples, origin, warnings, model.kind, config)
 
 
 def _no_text(origin: str, inputs: TokenInputs, length: int) -> str:
@@ -156,7 +187,7 @@ def _from_feeds(
     model: TracedModel,
     config: CompileConfig,
 ) -> CalibrationData:
-    wanted = config.samples + held_back_size(config.samples)
+    wanted = samples_wanted(model.kind, config)
     masked = any(spec.name == "attention_mask" for spec in model.inputs)
     unmasked = False
 
@@ -168,7 +199,7 @@ def _from_feeds(
 
     samples = take(feed_samples(noted(), model), wanted)
     notes = [f"{origin}: without attention_mask, every token is taken for real"] if unmasked else []
-    return assemble(samples, origin, notes, config)
+    return assemble(samples, origin, notes, model.kind, config)
 
 
 def _only_texts(items: Iterable[object]) -> Iterator[str]:

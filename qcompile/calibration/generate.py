@@ -13,9 +13,9 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import onnxruntime as ort
 
-from qcompile.calibration.data import CalibrationData, assemble
+from qcompile.calibration.data import CalibrationData, assemble, samples_wanted
 from qcompile.calibration.inputs import generated_samples
-from qcompile.calibration.samples import Sample, held_back_size
+from qcompile.calibration.samples import Sample
 from qcompile.calibration.tokens import TokenInputs, fixed_length_warnings, sequence_length
 from qcompile.config import CompileConfig
 from qcompile.errors import CalibrationError
@@ -55,7 +55,7 @@ def generate_calibration(
         CalibrationError: the graph does not take what can be generated, or its logits are NaN.
         ConfigError: `config.seq_len` is more than the model's positions.
     """
-    wanted = config.samples + held_back_size(config.samples)
+    wanted = samples_wanted(model.kind, config)
     report = progress or _silent
     if model.kind == "text-generation":
         return _self_generated(model, session, config, wanted, report)
@@ -86,7 +86,7 @@ def _self_generated(
         "and accuracy may not hold for your data; give --calibration"
     )
     notes = [warning, *fixed_length_warnings(inputs, config)]
-    return assemble(samples, "self-generated text", notes, config)
+    return assemble(samples, "self-generated text", notes, model.kind, config)
 
 
 def _write(
@@ -188,7 +188,7 @@ def _generated_inputs(
         "report is on such inputs as well; give --calibration, or at least --activations dynamic, "
         "whose ranges are found at run time"
     )
-    return assemble(samples, how, [warning], config)
+    return assemble(samples, how, [warning], model.kind, config)
 
 
 def _run(session: ort.InferenceSession, names: list[str] | None, feed: Batch) -> list[np.ndarray]:

@@ -124,11 +124,21 @@ class Summary:
 
 def _shifted(histogram: Array, shifts: Array) -> Array:
     """Counts moved `shifts` [channels] bins away from zero, none beyond the grid's ends."""
-    steps = np.arange(1, BINS_PER_SIGN + 1)
-    moved = np.clip(steps[None, :] + shifts[:, None], 0, BINS_PER_SIGN)
     result = np.zeros_like(histogram)
-    channel = np.arange(len(histogram))[:, None]
-    result[:, BINS_PER_SIGN] = histogram[:, BINS_PER_SIGN]
-    np.add.at(result, (channel, BINS_PER_SIGN + moved), histogram[:, BINS_PER_SIGN + steps])
-    np.add.at(result, (channel, BINS_PER_SIGN - moved), histogram[:, BINS_PER_SIGN - steps])
+    first, size = BINS_PER_SIGN + 1, BINS_PER_SIGN
+    shifts = np.clip(shifts, -size, size - 1)
+    for shift in np.unique(shifts):
+        rows = shifts == shift
+        counts = histogram[rows]
+        moved = np.zeros_like(counts)
+        moved[:, first - 1] = counts[:, first - 1]
+        # Magnitudes ascend to the right of zero, and on its left in the second view.
+        for old, new in ((counts, moved), (counts[:, ::-1], moved[:, ::-1])):
+            if shift >= 0:
+                new[:, first + shift :] = old[:, first : first + size - shift]
+                new[:, -1] += old[:, first + size - shift :].sum(axis=1)
+            else:
+                new[:, first:shift] = old[:, first - shift :]
+                new[:, first - 1] += old[:, first : first - shift].sum(axis=1)
+        result[rows] = moved
     return result

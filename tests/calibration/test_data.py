@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.calibration.data import CalibrationData, load_calibration
+from qcompile.calibration.data import TOKEN_SAMPLES, CalibrationData, load_calibration
 from qcompile.calibration.feeds import check_feed
 from qcompile.config import CompileConfig
 from qcompile.errors import CalibrationError, ConfigError
@@ -121,6 +121,10 @@ def test_samples_are_disjoint_and_well_formed(
         assert any("single sample" in warning for warning in data.warnings)
     else:
         assert not set(calibration) & set(held_back)
+    estimated = rows(data.estimated)
+    assert not set(estimated) & set(held_back) or len(calibration) == 1
+    if estimated != calibration:
+        assert not set(estimated) & set(calibration)
     for row in calibration + held_back:
         assert row[0] == BOS and 2 <= len(row) <= seq_len
     for batch in data.calibration + data.held_back:
@@ -137,7 +141,24 @@ def test_only_as_much_is_read_as_is_needed() -> None:
             yield words(7, first=i % WORDS)
 
     assert load(endless()).samples == 4
-    assert len(read) == 5
+    assert len(read) == 4 + 1 + TOKEN_SAMPLES
+
+
+@pytest.mark.parametrize(
+    ("documents", "few"), [(20, TOKEN_SAMPLES), (13, 3), (8, 1), (7, 0)], ids=str
+)
+def test_damage_is_estimated_on_what_nothing_else_sees(documents: int, few: int) -> None:
+    texts = [words(7, first=i) for i in range(documents)]
+    config = CompileConfig(samples=8, seq_len=8)
+    data = load(texts, config=config)
+    estimated, others = set(rows(data.estimated)), set(rows(data.held_back))
+    if few:
+        assert len(estimated) == few
+        assert not estimated & (others | set(rows(data.calibration)))
+    else:
+        assert estimated == set(rows(data.calibration))
+    chosen_by_scheme = load(texts, config=config.model_copy(update={"objective": "scheme"}))
+    assert rows(chosen_by_scheme.estimated) == rows(chosen_by_scheme.calibration)
 
 
 def test_repeated_documents_count_once() -> None:

@@ -93,7 +93,7 @@ def test_memory_of_a_run_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "_LOGITS_BYTES", budget)
     generate_calibration(model, Spy(), SMALL)
     assert max(sizes) <= budget
-    assert len(sizes) == 1 + 4 * 4  # the vocabulary, then 4 groups of 3 (10 samples), 4 tokens
+    assert len(sizes) == 1 + 5 * 4  # the vocabulary, then 5 groups of 3 (14 samples), 4 tokens
 
 
 def test_length_is_capped_and_checked() -> None:
@@ -238,4 +238,4 @@ def test_progress_reaches_its_total() -> None:
     generate_calibration(
         model, session(model), SMALL, progress=lambda done, total: steps.append((done, total))
     )
-    assert steps == [(i, 10) for i in range(1, 11)]
+    assert steps == [(i, 26) for i in range(1, 27)]  # 8 calibrate, 2 are held back, 16 estimate
