@@ -104,8 +104,10 @@ def assemble(
     total = count(samples)
     left = total - config.samples - held_back_size(config.samples)
     few = min(_estimated(kind, config), max(left, total // 8))
-    estimated = take(reversed(samples[1:]), few)[::-1] if few else []
-    samples = samples[: len(samples) - len(estimated)]
+    first = len(samples)
+    while count(samples[first - 1 :]) <= few:
+        first -= 1
+    samples, estimated = samples[:first], samples[first:]
     calibration, held_back = split(samples, config.samples)
     got = count(calibration)
     if len(samples) == 1:
