@@ -66,8 +66,13 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]
     plain = qcompile.compile(str(arguments.model), scheme="fp32", output=scratch / "fp32")
     kind = read_record(plain.path)["kind"]
     graph = plain.path / "model.onnx"
+    names = {i.name for i in session(plain.path).get_inputs()}
     calibration, evaluation = (
-        feeds(path, plain.path, arguments) for path in (arguments.calibration, arguments.evaluation)
+        [
+            {name: value for name, value in feed.items() if name in names}
+            for feed in feeds(path, plain.path, arguments)
+        ]
+        for path in (arguments.calibration, arguments.evaluation)
     )
     shapes = parse_shapes(arguments.shapes)
 
@@ -122,7 +127,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]
         sessions[name] = session(folder, spinning=False)
         rows.append({"variant": name, **figures(kind, reference, sessions[name], evaluation)})
         print(rows[-1], flush=True)
-    if kind == "text-generation" and "all static" in wanted:
+    if kind == "text-generation" and not arguments.only:
         everywhere = next(row["kl"] for row in rows if row["variant"] == "all static")
         for name, factor in (("half the KL", 0.5), ("twice the KL", 2.0)):
             folder = ours(max_kl=factor * everywhere)(scratch / name.replace(" ", "-"))

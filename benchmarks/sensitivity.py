@@ -26,7 +26,7 @@ from benchmarks.common import Feed, publish, windows
 from qcompile.calibration.data import TOKEN_SAMPLES
 from qcompile.calibration.run import calibrate
 from qcompile.choosing import scheme_choice
-from qcompile.gradients import Leaves, Tensor, measure_gradients
+from qcompile.gradients import Leaves, Tensor, evaluated, measure_gradients
 from qcompile.linears import find_linears, find_sites
 from qcompile.measuring import damage_by_gradient, short_samples
 from qcompile.options import find_options
@@ -34,7 +34,7 @@ from qcompile.precision import LABELS, PrecisionPlan
 from qcompile.sensitivity import TOKENS, quantized_activation
 from qcompile.smoothing import plan_smoothing
 from qcompile.spill import spill
-from qcompile.torch_graph import downstream, evaluate, frontier
+from qcompile.torch_graph import evaluate, frontier
 from qcompile.trials import trial_plans
 
 
@@ -57,8 +57,9 @@ def compare(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 
     plain = qcompile.compile(str(arguments.model), scheme="fp32", output=work / "fp32")
     tokenizer = AutoTokenizer.from_pretrained(plain.path)
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 1
     feeds = list(
-        windows(tokenizer, arguments.calibration, 1, samples=32 + TOKEN_SAMPLES + 8, length=256)
+        windows(tokenizer, arguments.calibration, bos, samples=32 + TOKEN_SAMPLES + 8, length=256)
     )
     graph = spill(ir.load(plain.path / "model.onnx"), work, "float")
     # Every implementation is wanted, whatever the default objective leaves out.
@@ -105,7 +106,7 @@ class Truth:
     def __init__(self, path: Path, feeds: list[Feed]) -> None:
         self.model = ir.load(path)
         self.names = {linear.matmul: linear.name for linear in find_linears(self.model.graph)}
-        self.nodes = downstream(self.model.graph, list(self.names))
+        self.nodes = evaluated(self.model.graph)
         self.constants: dict[ir.Value, Tensor] = {}
         leaves = Leaves(self.model, frontier(self.nodes), path)
         self.given = [leaves(feed) for feed in feeds]

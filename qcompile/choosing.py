@@ -7,6 +7,7 @@ chosen ones and the conversions that they share; its predicted damage is the sum
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -33,6 +34,9 @@ MARGIN: Final = 0.98
 SPEED_MARGIN: Final = 1.03
 """A plan is wanted this much faster than a limit: it is measured again when it is built."""
 
+SIZE_MARGIN: Final = 0.995
+"""Part of a limit on bytes that a prediction may fill: inserted Muls are not known yet."""
+
 SECOND: Final = 1e-3
 """Weight of the time where another objective comes first."""
 
@@ -52,8 +56,8 @@ class Measured:
         other_bytes: of weights that are no Linear's.
         machine: where times were taken.
         taken: how many times were taken for this compilation.
-        importance: op -> how much a squared error of each of its outputs counts, float64 [N].
-        how: damage was found.
+        importance: of the channels of every op and site; None where no gradient is known.
+        how: damage was found: from gradients, or each op alone.
     """
 
     sites: Sequence[Site]
@@ -94,7 +98,8 @@ class Measured:
                     )
                 )
         conversions: dict[str, dict[str, Cost]] = {
-            site: {mode: np.array([*seconds, 0.0, 0.0]) for mode, seconds in modes.items()}
+            # A static scale and zero point take five bytes.
+            site: {mode: np.array([*seconds, 0.0, 5.0]) for mode, seconds in modes.items()}
             for site, modes in self.conversions.items()
         }
         return Problem(tuple(items), conversions)
@@ -164,7 +169,7 @@ def decide(measured: Measured, config: CompileConfig, *, correction: float = 1.0
     if config.max_kl is not None:
         limits[-2] = MARGIN * config.max_kl / correction
     if config.max_size is not None:
-        limits[-1] = config.max_size - rest[-1]
+        limits[-1] = SIZE_MARGIN * config.max_size - rest[-1]
     solution = solve(problem, weights, limits)
     if solution is None:
         raise _unreachable(measured, problem, config, limits, correction)
@@ -186,15 +191,18 @@ def scheme_choice(options: Mapping[str, Options]) -> dict[str, Choice]:
 
 
 def weight_bytes(linear: Linear, label: Label) -> int:
-    """Bytes of one Linear's weight; a tied one in float costs nothing more than its embedding."""
+    """Bytes of one Linear's weight as it is stored.
+
+    In float, a tied one costs nothing more than its embedding, and those that share one weight
+    divide it among them; codes are each op's own.
+    """
     size = linear.in_features * linear.out_features
     blocks = -(-linear.in_features // BLOCK_SIZE) * linear.out_features
     if label == "float":
-        return 0 if linear.tied else 4 * size
-    if label == "weight8":
-        return size + 4 * blocks
-    if label == "weight4":
-        return size // 2 + 4 * blocks
+        return 0 if linear.tied else 4 * size // linear.shared
+    if label == "weight8" or label == "weight4":
+        # The last block is padded.
+        return blocks * (BLOCK_SIZE * (8 if label == "weight8" else 4) // 8 + 4)
     # How many copies a split makes is known later; this is the most.
     copies = linear.in_features // 8 * (linear.out_features + 12) if label == "split" else 0
     return size + 4 * linear.out_features + copies
@@ -248,7 +256,7 @@ def _unreachable(
     safest = solve(problem, damage)
     assert smallest is not None and fastest is not None and safest is not None
     if smallest.cost[-1] > limits[-1]:
-        least = int(smallest.cost[-1] + rest[-1])
+        least = math.ceil((smallest.cost[-1] + rest[-1]) / SIZE_MARGIN)
         return ConfigError(f"max_size {config.max_size}: the least that can be had is {least}")
     if (fastest.cost[:-2] > limits[:-2]).any():
         speeds = ", ".join(f"{speed:.2f}" for speed in measured.speeds(fastest.cost))

@@ -195,11 +195,12 @@ class CompileConfig(_Frozen):
         if self.objective == "scheme" and limits != (None, None, None):
             raise ValueError("objective scheme chooses nothing, so a limit has no effect")
         if self.plan_in is not None:
-            asked = (self.objective, self.activations, self.costs) != ("latency", "auto", None)
+            usual = ("latency", "auto", "auto", None)
+            asked = (self.objective, self.activations, self.smooth, self.costs) != usual
             if asked or limits != (None, None, None) or self.recipe.rules:
                 raise ValueError(
                     "a plan that is replayed takes no recipe, limits, "
-                    "objective, activations or costs"
+                    "objective, activations, smooth or costs"
                 )
         if self.objective == "scheme" and self.costs is not None:
             raise ValueError("objective scheme measures nothing, so costs have no effect")

@@ -22,7 +22,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qcompile.errors import CalibrationError
-from qcompile.linears import Site, find_sites
+from qcompile.linears import Site, find_linears, find_sites
 from qcompile.session import open_session
 from qcompile.spill import release
 from qcompile.torch_graph import UnsupportedOpError, check_supported, downstream, evaluate, frontier
@@ -114,16 +114,16 @@ def measure_gradients(
 
     Raises:
         UnsupportedOpError: an op that PyTorch is not told how to compute.
-        CalibrationError: outputs or gradients are not finite on these feeds.
+        CalibrationError: outputs or gradients are not finite on these feeds, or all is masked.
     """
     model = ir.load(path)
     sites = find_sites(model.graph)
     ops = {linear.matmul: linear.name for site in sites for linear in site.linears}
-    nodes = downstream(model.graph, list(ops))
+    nodes = evaluated(model.graph)
     check_supported(nodes)
     leaves = Leaves(model, frontier(nodes), path)
     given = [leaves(feed) for feed in feeds]
-    del leaves  # its session holds a copy of the embeddings
+    del leaves
     constants: dict[ir.Value, Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     found = Gradients({name: [] for name in ops.values()}, Importance({}, {}))
@@ -141,7 +141,19 @@ def measure_gradients(
             progress(done + 1, len(feeds))
     constants.clear()
     release(model)
+    if not found.rows:
+        raise CalibrationError(
+            "damage cannot be estimated: every token of the samples set aside for it is masked"
+        )
     return found
+
+
+def evaluated(graph: ir.Graph) -> list[ir.Node]:
+    """Everything that a Linear reaches, and what transposes a weight: as a view of it there."""
+    roots = [linear.matmul for linear in find_linears(graph)]
+    weights = [node.inputs[1] for node in roots]
+    transposes = [value.producer() for value in weights if value is not None]
+    return downstream(graph, [*roots, *(node for node in transposes if node is not None)])
 
 
 def _collect(
@@ -191,6 +203,10 @@ def _some(values: Tensor, most: int) -> Tensor:
     return values if stride == 1 else values[::stride].clone()
 
 
+def _rows(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
+
+
 class _Tape:
     """Keeps what the ops of interest do while the graph runs."""
 
@@ -211,7 +227,7 @@ class _Tape:
 
     def x(self, name: str) -> Tensor:
         """The input of an op, [rows, K]."""
-        return self.made[name][0].detach().flatten(0, -2)
+        return _rows(self.made[name][0].detach())
 
     def backward(self, loss: Tensor, *, last: bool) -> dict[str, tuple[Tensor, Tensor]]:
         """Op -> the gradients at its input, through it alone [rows, K], and at its output
@@ -219,7 +235,7 @@ class _Tape:
         wanted = [tensor for pair in self.made.values() for tensor in pair]
         gradients = torch.autograd.grad(loss, wanted, retain_graph=not last, allow_unused=True)
         return {
-            name: (back.flatten(0, -2), gradient.flatten(0, -2))
+            name: (_rows(back), _rows(gradient))
             for name, back, gradient in zip(self.made, gradients[::2], gradients[1::2], strict=True)
             if back is not None and gradient is not None
         }

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from qcompile.config import CompileConfig
 from qcompile.costs import open_costs
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, check_reachable
 from qcompile.planfile import PlanFile
 from qcompile.traced import TracedModel
 from qcompile.verify import Verification
@@ -20,13 +20,16 @@ def check_plan_paths(config: CompileConfig) -> None:
     """
     if config.plan_in is not None:
         PlanFile.read(config.plan_in)
-    if config.costs is not None and config.costs.exists():
-        open_costs(config.costs, {})
     for path in (config.plan_out, config.costs):
+        if path is not None:
+            check_reachable(path, ConfigError)
+            check_reachable(path.parent, ConfigError)
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{path} cannot be written: no folder {path.parent}")
         if path is not None and path.is_dir():
             raise ConfigError(f"{path} is a folder")
+    if config.costs is not None and config.costs.exists():
+        open_costs(config.costs, {})
 
 
 def check_limits(config: CompileConfig, model: TracedModel) -> None:
@@ -57,7 +60,8 @@ def broken_limits(
     if config.max_kl is not None and kl is not None and kl > config.max_kl:
         problems.append(f"KL is {kl:.3g} on held-back data, above max_kl {config.max_kl:g}")
     for speed in findings.speed if config.min_speedup is not None and here else ():
-        if speed.ratio < (config.min_speedup or 0.0):
+        assert config.min_speedup is not None
+        if speed.ratio < config.min_speedup:
             problems.append(
                 f"{speed.ratio:.2f} times float's speed at {speed.batch}×{speed.sequence}, "
                 f"below min_speedup {config.min_speedup:g}"

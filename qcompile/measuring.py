@@ -245,7 +245,7 @@ def short_samples(
     path: Path, batches: Sequence[Batch], count: int, tokens: int | None
 ) -> list[Batch]:
     """The first `count` samples of `batches`, each a feed of its own, cut to `tokens` if they can
-    be: all inputs [batch, sequence], of any length."""
+    be: all inputs [batch, sequence], of any length. What is padded on the left keeps its end."""
     session = open_session(path)
     found: list[Batch] = []
     for batch in batches:
@@ -261,5 +261,12 @@ def short_samples(
             break
     free = all(len(i.shape) == 2 and not isinstance(i.shape[1], int) for i in session.get_inputs())
     if tokens is not None and free:
-        found = [{k: v[:, :tokens] for k, v in feed.items()} for feed in found]
+        found = [_shortened(feed, tokens) for feed in found]
     return found[:count]
+
+
+def _shortened(feed: Batch, tokens: int) -> Batch:
+    mask = feed.get("attention_mask")
+    padded = mask is not None and not mask[:, 0].all()
+    part = slice(-tokens, None) if padded else slice(tokens)
+    return {name: value[:, part] for name, value in feed.items()}

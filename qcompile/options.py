@@ -174,7 +174,10 @@ def _further(linear: Linear, config: CompileConfig, target: Target) -> tuple[Lab
     """Splitting and weight-only forms, where the mode is open; four bits where size is the aim."""
     if config.activations != "auto":
         return ()
-    wanted: list[Label] = ["split", "weight8"] if can_split(linear.in_features) else ["weight8"]
+    # A split takes its range from the extremes alone.
+    ranges = config.recipe.rule_for(linear.name).ranges or config.ranges
+    splits = can_split(linear.in_features) and ranges == "minmax"
+    wanted: list[Label] = ["split", "weight8"] if splits else ["weight8"]
     if config.objective == "size":
         wanted.append("weight4")
     return tuple(label for label in wanted if target.capability("MatMul", label) is not None)

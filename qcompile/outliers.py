@@ -55,7 +55,10 @@ class Split:
         """Values per channel [K, ...] with the copies appended, [K + n · copies, ...]."""
         rest = values.copy()
         rest[self.channels] = 0
-        return np.concatenate([rest, values[self.appended] / divisor]).astype(values.dtype)
+        copies = values[self.appended]
+        if divisor != 1.0:
+            copies = (copies / divisor).astype(values.dtype)
+        return np.concatenate([rest, copies])
 
     def extended_gram(self, gram: Array, channels: int) -> Array:
         """A Gram matrix in blocks, as `Stats` holds it, of the extended activation.

@@ -97,7 +97,7 @@ def compile_model(
             source, chosen_target, target, chosen_scheme, calibration, config, folder, work,
             phases or Phases(),
         )  # fmt: skip
-    if config.plan_out is not None and chosen_scheme.quantizes:
+    if config.plan_out is not None:
         shutil.copyfile(output / PLAN, config.plan_out)
     return artifact.Artifact(path=output, report=report)
 
@@ -135,9 +135,11 @@ def _compile(
     plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}")
     if scheme.quantizes:
         sites = find_sites(graph.graph)
+        replayed = PlanFile.read(config.plan_in) if config.plan_in else None
+        if replayed:
+            config = config.model_copy(update={"recipe": replayed.recipe})
         options = find_options(sites, config, target)
         require_any(options, graph)
-        replayed = PlanFile.read(config.plan_in) if config.plan_in else None
         chosen = replayed.chosen(options, sites, target) if replayed else scheme_choice(options)
         with phases.phase("calibrate") as step:
             stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
@@ -155,10 +157,12 @@ def _compile(
         apply = partial(_apply, model, stats, replayed, importance, config, target, work, phases)
         if decision is not None and config.max_kl is not None:
             tried = partial(tried_kl, target, traced_path, model.kind, data.held_back, work)
-            decision, (graph, smoothing, plan) = keep_within(decision, config, apply, tried, phases)
+            decision, (graph, smoothing, plan) = keep_within(
+                decision, config, apply, tried, work, phases
+            )
         else:
             graph, smoothing, plan = apply(chosen)
-        PlanFile.of(target_spec, scheme.name, plan, smoothing).write(folder / PLAN)
+        PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
     rows = site_rows(stats, smoothing, plan)
     stats.clear()
     smoothed = graph.clone()
@@ -242,7 +246,7 @@ def _calibration_data(
     if not scheme.quantizes:
         # Random inputs do to compare two float graphs; a model's own text is slow to write.
         model = dataclasses.replace(model, kind="other")
-        config = config.model_copy(update={"samples": 4, "objective": "scheme"})
+        config = config.model_copy(update={"samples": 4})
     return generate_calibration(model, session, config, progress=step)
 
 

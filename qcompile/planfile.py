@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import pydantic
 
+from qcompile.config import RangeMethod, Recipe, SiteRule
 from qcompile.errors import ConfigError
 from qcompile.linears import Site
 from qcompile.options import Options
@@ -20,7 +22,8 @@ PLAN: Final = "plan.json"
 
 
 class PlanFile(pydantic.BaseModel):
-    """Implementation by op and α by site (None: not smoothed).
+    """Implementation by op, α by site (None: not smoothed; a site left out is searched), and the
+    ranges that a recipe gave ops.
 
     With the same model, calibration data, `ranges` and versions, a replay gives the same graph, bit
     for bit.
@@ -33,17 +36,34 @@ class PlanFile(pydantic.BaseModel):
     scheme: str
     ops: dict[str, Label]
     smoothing: dict[str, Annotated[float, pydantic.Field(ge=0, le=1)] | None]
+    ranges: dict[str, RangeMethod] = {}
 
     @classmethod
     def of(
-        cls, target: str, scheme: str, plan: PrecisionPlan, smoothing: SmoothingPlan
+        cls,
+        target: str,
+        scheme: str,
+        plan: PrecisionPlan,
+        smoothing: SmoothingPlan,
+        recipe: Recipe,
     ) -> PlanFile:
         """From the decisions of one compilation."""
+        ranges = {op.name: recipe.rule_for(op.name).ranges for op in plan.ops}
         return cls(
             target=target,
             scheme=scheme,
             ops={op.name: plan.label(op) for op in plan.ops},
             smoothing={entry.site: entry.alpha for entry in smoothing.entries},
+            ranges={name: method for name, method in ranges.items() if method is not None},
+        )
+
+    @property
+    def recipe(self) -> Recipe:
+        """The ranges of single ops, as a recipe gives them."""
+        return Recipe(
+            rules=tuple(
+                (glob.escape(name), SiteRule(ranges=method)) for name, method in self.ranges.items()
+            )
         )
 
     @classmethod
@@ -71,6 +91,7 @@ class PlanFile(pydantic.BaseModel):
             ConfigError: the plan is for another model, or asks for what an op cannot become.
         """
         different = sorted(set(self.ops) ^ set(options))
+        different = different or sorted(set(self.smoothing) - {site.name for site in sites})
         if different:
             raise ConfigError(f"the plan is for another model: {different[0]} is in one of the two")
         for site in sites:

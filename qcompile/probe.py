@@ -37,6 +37,7 @@ from qcompile.precision import (
     SitePlan,
 )
 from qcompile.session import open_session
+from qcompile.shapes import shape_of
 from qcompile.targets.base import Target
 from qcompile.timing import steady_medians
 from qcompile.traced import Batch
@@ -75,8 +76,8 @@ def conversion_key(label: Label, rows: int, depth: int) -> str:
     return f"quantize-{label} {rows}x{depth}"
 
 
-def model_key(graph: ir.Graph, shape: tuple[int, int]) -> str:
-    """Key of the time of a whole float graph at one shape: the same for the same ops and sizes."""
+def model_key(graph: ir.Graph, feed: Batch) -> str:
+    """Key of the time of a whole float graph on one feed: the same for the same ops and sizes."""
     text = [
         (
             node.op_type,
@@ -85,8 +86,11 @@ def model_key(graph: ir.Graph, shape: tuple[int, int]) -> str:
         )
         for node in graph
     ]
-    digest = hashlib.sha256(repr(text).encode()).hexdigest()[:16]
-    return f"model-{digest} {shape[0]}x{shape[1]}"
+    names = {value.name for value in graph.inputs}
+    sizes = sorted((name, x.shape) for name, x in feed.items() if name in names)
+    digest = hashlib.sha256(repr((text, sizes)).encode()).hexdigest()[:16]
+    batch, sequence = shape_of(feed)
+    return f"model-{digest} {batch}x{sequence}"
 
 
 @dataclasses.dataclass
@@ -140,7 +144,7 @@ class Prober:
 
     def model(self, path: Path, graph: ir.Graph, feeds: Sequence[Feed]) -> list[float]:
         """Seconds of the whole float graph in `path` on each feed."""
-        keys = [model_key(graph, shape) for shape, _ in feeds]
+        keys = [model_key(graph, feed) for _, feed in feeds]
         if self.missing(keys):
             session = open_session(path, spinning=False)
             for key, (_, feed) in zip(keys, feeds, strict=True):

@@ -122,7 +122,8 @@ def quantized_activation(
         extremes: the smallest and the largest value of all rows are among these; None: of `x`.
     """
     if op.precision != "int8":
-        return _per_block(x, 0 if op.weight is None else op.weight.block_size or 0)
+        assert op.weight is not None and op.weight.block_size is not None
+        return _per_block(x, op.weight.block_size)
     site = plan.site(op.site)
     assert site is not None
     activation: ActivationQuant = site.activation

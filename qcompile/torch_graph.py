@@ -105,6 +105,8 @@ def evaluate(
             else:
                 made = _OPS[node.op_type](node, inputs)
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            if "allocate memory" in str(error):
+                raise MemoryError from error
             raise UnsupportedOpError(f"{node.op_type} as it is here") from error
         for output, tensor in zip(
             node.outputs, made if isinstance(made, tuple | list) else (made,), strict=False

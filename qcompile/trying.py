@@ -42,7 +42,7 @@ class Try(Protocol):
 
 
 def keep_within(
-    decision: Decision, config: CompileConfig, apply: Apply, tried: Try, phases: Phases
+    decision: Decision, config: CompileConfig, apply: Apply, tried: Try, work: Path, phases: Phases
 ) -> tuple[Decision, Applied]:
     """Build `decision`, measure it, and decide anew with the prediction set right by that.
 
@@ -57,8 +57,10 @@ def keep_within(
     best: tuple[Decision, Applied] | None = None
     seen: list[dict[str, str]] = []
     divergences: list[float] = []
+    kept = ""
     for attempt in range(TRIES):
-        applied = apply(decision.chosen, stem=f"smoothed{attempt}")
+        stem = f"smoothed{attempt}"
+        applied = apply(decision.chosen, stem=stem)
         with phases.phase("try"):
             found = tried(applied[0], applied[2])
         if not np.isfinite(found):
@@ -66,7 +68,9 @@ def keep_within(
         seen.append(dict(decision.solution.labels))
         divergences.append(found)
         if found <= config.max_kl and (best is None or decision.value < best[0].value):
-            best = (decision, applied)
+            best, stem, kept = (decision, applied), kept, stem
+        for file in work.glob(f"{stem}.onnx*") if stem else ():
+            file.unlink()  # the graph of a plan that is not taken is as large as the model
         predicted = float(decision.solution.cost[-2])
         if predicted <= 0.0 or found <= 0.0 or attempt + 1 == TRIES:
             break

@@ -20,6 +20,7 @@ from qcompile.targets.base import Capability, Target
 
 from qcompile.errors import ConfigError
 from qcompile.precision import Label, OpPlan, PrecisionPlan
+from qcompile.weight_blocks import BITS
 
 _KERNEL: Final = f"{CONTRIB}.{KERNEL}"
 _NBITS_KERNEL: Final = f"{CONTRIB}.{NBITS}"
@@ -113,7 +114,9 @@ class OrtCpu(Target):
         }
 
     def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
-        return (IntegerMatMul(), WeightOnlyMatMul(), InlinePass())
+        # Blocks that the source came with stay as they are: nobody chose int8 activations for them.
+        planned = any(op.precision in BITS for op in plan.quantized)
+        return (IntegerMatMul(), *((WeightOnlyMatMul(),) if planned else ()), InlinePass())
 
     def capability(self, op: str, label: Label) -> Capability | None:
         # The table is what ONNX Runtime documents; a reduced build may lack the kernel.

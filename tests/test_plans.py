@@ -17,6 +17,7 @@ from qcompile.costs import CostTable
 from qcompile.kernels import read_back
 from qcompile.planfile import PLAN
 from qcompile.report import Report
+from qcompile.trying import keep_within
 from qcompile.weights import violations
 from tests.cli_runner import RunCli
 from tests.support import from_text
@@ -68,9 +69,20 @@ def test_the_plan_is_explained(compiled: Any) -> None:
     assert (artifact.path / "plan.json").is_file()
 
 
-def test_a_replayed_plan_gives_the_same_bytes(compiled: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"objective": "scheme"},
+        {"recipe": {"*.0.*fc1": {"activations": "static", "ranges": "percentile"}}},
+    ],
+    ids=["measured", "scheme", "ranges of one op"],
+)
+def test_a_replayed_plan_gives_the_same_bytes(
+    compiled: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
     plan = tmp_path / "plan.json"
-    first = compiled("first", plan_out=plan)
+    first = compiled("first", plan_out=plan, **options)
     assert json.loads(plan.read_text("utf-8"))["ops"] == labels(first)
     again = compiled("again", plan_in=plan)
     for name in ("model.onnx", "model.onnx.data", PLAN):
@@ -92,6 +104,30 @@ def test_a_limit_twice_as_high_changes_nothing(compiled: Any) -> None:
     free = compiled("free")
     limited = compiled("limited", max_kl=2.0 * free.report.accuracy["kl"])
     assert labels(limited) == labels(free)
+
+
+def test_the_least_size_that_an_error_names_can_be_had(compiled: Any) -> None:
+    with pytest.raises(qcompile.ConfigError, match="the least that can be had is") as refused:
+        compiled("refused", max_size=1000)
+    least = int(str(refused.value).rpartition(" ")[2])
+    artifact = compiled("least", max_size=least)
+    assert artifact.report.planning is not None
+
+
+def test_plans_that_are_not_taken_leave_nothing(
+    compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = compiled("all").report
+    left: list[list[str]] = []
+
+    def spied(*arguments: Any) -> Any:
+        found = keep_within(*arguments)
+        left.append([file.name for file in arguments[4].glob("smoothed*.onnx")])
+        return found
+
+    monkeypatch.setattr("qcompile.pipeline.keep_within", spied)
+    compiled("limited", max_kl=0.5 * everything.accuracy["kl"])
+    assert [len(names) for names in left] == [1]
 
 
 def test_least_size(compiled: Any) -> None:

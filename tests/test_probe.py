@@ -285,20 +285,24 @@ def test_a_whole_model_is_timed_at_each_shape_once(tmp_path: Path) -> None:
     times = here.model(tmp_path / "model.onnx", model.graph, feeds)
     assert len(times) == 2 and all(0.0 < seconds < np.inf for seconds in times)
     assert here.measured == 2
-    assert list(here.table.seconds) == [model_key(model.graph, shape) for shape, _ in feeds]
+    assert list(here.table.seconds) == [model_key(model.graph, feed) for _, feed in feeds]
     again = prober(tmp_path, here.table)
     assert again.model(tmp_path / "gone.onnx", model.graph, feeds) == times
     assert again.measured == 0
 
 
 def test_models_of_one_size_share_a_key() -> None:
-    """Weights do not change the time; sizes, ops and shapes do."""
-    key = model_key(whole(4).graph, (1, 8))
-    assert model_key(whole(4, seed=1).graph, (1, 8)) == key
-    other = whole(4)
+    """Weights do not change the time; sizes, ops and shapes do, every axis of them."""
+
+    def key(model: ir.Model, *shape: int) -> str:
+        return model_key(model.graph, {"x": np.zeros(shape), "unknown": np.zeros(shape[0])})
+
+    model, other = whole(4), whole(4)
+    assert key(whole(4, seed=1), 1, 8) == key(model, 1, 8)
     next(n for n in other.graph if n.op_type == "Relu").op_type = "Abs"
-    assert len({key, model_key(whole(5).graph, (1, 8)), model_key(other.graph, (1, 8))}) == 3
-    assert model_key(whole(4).graph, (2, 8)) != key
+    keys = {key(model, 1, 8), key(whole(5), 1, 8), key(other, 1, 8), key(model, 2, 8)}
+    assert len(keys) == 4
+    assert key(model, 1, 8, 3) != key(model, 1, 8, 4)
 
 
 def test_keys_tell_all_that_a_time_depends_on() -> None:

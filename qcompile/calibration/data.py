@@ -82,12 +82,11 @@ def load_calibration(
 
 def samples_wanted(kind: Kind, config: CompileConfig) -> int:
     """How many samples are worth reading: to calibrate, to hold back, to estimate damage on."""
-    return config.samples + held_back_size(config.samples) + _estimated(kind, config)
+    return config.samples + held_back_size(config.samples) + _estimated(kind)
 
 
-def _estimated(kind: Kind, config: CompileConfig) -> int:
-    if config.objective == "scheme":
-        return 0
+def _estimated(kind: Kind) -> int:
+    # Whatever the objective: a plan must be replayed on the same calibration data.
     return TOKEN_SAMPLES if kind == "text-generation" else ROW_SAMPLES
 
 
@@ -103,9 +102,9 @@ def assemble(
     # What is left over, but an eighth of what there is at least.
     total = count(samples)
     left = total - config.samples - held_back_size(config.samples)
-    few = min(_estimated(kind, config), max(left, total // 8))
+    few = min(_estimated(kind), max(left, total // 8))
     first = len(samples)
-    while count(samples[first - 1 :]) <= few:
+    while first > 2 and count(samples[first - 1 :]) <= few:
         first -= 1
     samples, estimated = samples[:first], samples[first:]
     calibration, held_back = split(samples, config.samples)
@@ -118,6 +117,8 @@ def assemble(
         notes.append(
             f"{origin}: {got} samples calibrate, fewer than the {config.samples} asked for"
         )
+    if not estimated and config.objective != "scheme":
+        notes.append(f"{origin}: too few samples to estimate damage on others than calibrate")
     return CalibrationData(
         calibration=batches(calibration),
         held_back=batches(held_back),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -32,6 +33,16 @@ def load(source: Source, config: CompileConfig, work: Path) -> TracedModel:
         ModelError: the model is missing, corrupt, unsupported or unsafe to load.
         ConfigError: the task is unknown.
     """
+    model = _load(source, config, work)
+    shapes = [value.shape for value in model.ir.graph.outputs[:1]]
+    scores = [shape is not None and shape[-1:] == (1,) for shape in shapes]
+    if model.kind == "text-classification" and any(scores):
+        # One number, as of rerankers: there is no distribution to compare.
+        return dataclasses.replace(model, kind="other")
+    return model
+
+
+def _load(source: Source, config: CompileConfig, work: Path) -> TracedModel:
     # Imported where they are needed: torch and Transformers take seconds, an .onnx file neither.
     if isinstance(source, tuple):
         from qcompile.frontend.module import trace_module
