@@ -117,7 +117,7 @@ def assemble(
         notes.append(
             f"{origin}: {got} samples calibrate, fewer than the {config.samples} asked for"
         )
-    if not estimated and config.objective != "scheme":
+    if not estimated and len(samples) > 1 and config.objective != "scheme":
         notes.append(f"{origin}: too few samples to estimate damage on others than calibrate")
     return CalibrationData(
         calibration=batches(calibration),
