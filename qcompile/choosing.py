@@ -178,7 +178,7 @@ def decide(measured: Measured, config: CompileConfig, *, correction: float = 1.0
     chosen = {
         item.name: Choice(
             solution.labels[item.name],  # type: ignore[arg-type]
-            _reason(item, solution, free, measured, config),
+            _reason(item, solution, free, problem, measured, config),
         )
         for item in problem.items
     }
@@ -221,27 +221,39 @@ def _prices(measured: Measured, problem: Problem) -> tuple[Cost, Cost, Cost]:
 
 
 def _reason(
-    item: Item, solution: Solution, free: Solution, measured: Measured, config: CompileConfig
+    item: Item,
+    solution: Solution,
+    free: Solution,
+    problem: Problem,
+    measured: Measured,
+    config: CompileConfig,
 ) -> str:
     options = measured.options[item.name]
     if "float" not in options.labels or len(options.labels) == 1:
         return options.reason
     label, wanted = solution.labels[item.name], free.labels[item.name]
-    floats = item.costs.get("float")
     if label != wanted:
         cause = {"size": "size", "accuracy": "accuracy"}.get(config.objective, "constraint")
-        return f"{cause}: {_compared(item, wanted, floats)} was given up"
+        return f"{cause}: {_compared(item, wanted, problem)} was given up"
     if label == "float":
         others = [k for k in options.labels if k != "float"]
-        best = min(others, key=lambda k: float(item.costs[k][: len(measured.shapes)].sum()))
-        return f"cost: {_compared(item, best, floats)}"
-    return f"cost: {_compared(item, label, floats)}"
+        best = min(others, key=lambda k: float(_alone(item, k, problem).sum()))
+        return f"cost: {_compared(item, best, problem)}"
+    return f"cost: {_compared(item, label, problem)}"
 
 
-def _compared(item: Item, label: str, floats: Cost | None) -> str:
-    if floats is None:
+def _alone(item: Item, label: str, problem: Problem) -> Cost:
+    """Seconds at each shape, with a conversion that nothing else shares."""
+    need = item.needs[label]
+    conversion = 0.0 if need is None else problem.conversions[item.group][need]
+    result: Cost = (item.costs[label] + conversion)[:-2]
+    return result
+
+
+def _compared(item: Item, label: str, problem: Problem) -> str:
+    if "float" not in item.costs:
         return label
-    ratios = floats[:-2] / item.costs[label][:-2]
+    ratios = _alone(item, "float", problem) / _alone(item, label, problem)
     return f"{label} at " + ", ".join(f"{ratio:.2f}" for ratio in ratios) + " of float's speed"
 
 

@@ -93,7 +93,8 @@ class PlanFile(pydantic.BaseModel):
         different = sorted(set(self.ops) ^ set(options))
         different = different or sorted(set(self.smoothing) - {site.name for site in sites})
         if different:
-            raise ConfigError(f"the plan is for another model: {different[0]} is in one of the two")
+            where = "the plan" if different[0] in {*self.ops, *self.smoothing} else "the model"
+            raise ConfigError(f"the plan is for another model: {different[0]} is only in {where}")
         for site in sites:
             for linear in site.linears:
                 label = self.ops[linear.name]

@@ -67,7 +67,8 @@ def default_shapes(model: TracedModel) -> tuple[Shape, ...]:
         and not any(isinstance(dim, int) for dim in spec.shape)
         for spec in model.inputs
     )
-    if not free or model.kind == "other":
+    tokens = any(spec.name == "input_ids" for spec in model.inputs)
+    if not free or (model.kind == "other" and not tokens):
         return ()
     prompt = (1, min(_PROMPT, model.max_length or _PROMPT))
     return (prompt, (1, 1)) if model.kind == "text-generation" else (prompt,)
