@@ -68,12 +68,12 @@ class QuantizedWeight:
     block_size: int | None = None
     bits: int = 8
 
-    def dequantized(self, columns: slice = slice(None)) -> Array:
-        """The float32 weight [K, N] that the codes stand for, or some of its columns."""
-        scale = self.scale[..., columns]
+    def dequantized(self) -> Array:
+        """The float32 weight [K, N] that the codes stand for."""
+        scale = self.scale
         if self.block_size is not None:
             scale = np.repeat(scale, self.block_size, axis=0)[: len(self.codes)]
-        result: Array = self.codes[:, columns] * scale
+        result: Array = self.codes * scale
         return result
 
 

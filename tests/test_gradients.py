@@ -46,7 +46,7 @@ def found(folder: Path, feeds: int = 2, rows: int = 7) -> Gradients:
     )
 
 
-def close(found: np.ndarray, wanted: np.ndarray) -> None:
+def assert_close(found: np.ndarray, wanted: np.ndarray) -> None:
     """Up to the digits of bfloat16."""
     np.testing.assert_allclose(found, wanted, rtol=2**-7, atol=2**-7 * float(np.abs(wanted).max()))
 
@@ -59,7 +59,7 @@ def test_an_input_s_gradient_is_through_the_op_alone(tmp_path: Path) -> None:
         for each in result.seen[name]:
             g = each.gradients.float().numpy()
             assert g.shape == (gradients.DRAWS, 7, known[weight].shape[1])
-            close(each.back.float().numpy(), g @ known[weight].T)
+            assert_close(each.back.float().numpy(), g @ known[weight].T)
     for seed, each in enumerate(result.seen["p"]):
         np.testing.assert_allclose(each.x.numpy(), inputs(seed)[0] @ known["w"], rtol=1e-5)
 
@@ -70,9 +70,9 @@ def test_importance_sums_squares_and_sites_count_all_their_readers(tmp_path: Pat
     both = sum(
         (a.back.float() + b.back.float()).square().sum((0, 1)) for a, b in zip(p, q, strict=True)
     )
-    close(result.importance.inputs["{p,q}"], np.asarray(both))
+    assert_close(result.importance.inputs["{p,q}"], np.asarray(both))
     outputs = sum(each.gradients.float().square().sum((0, 1)) for each in p)
-    close(result.importance.outputs["p"], np.asarray(outputs))
+    assert_close(result.importance.outputs["p"], np.asarray(outputs))
 
 
 def test_rows_are_thinned_and_weighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
