@@ -1,0 +1,203 @@
+"""What the custom operators mean, in standard operators: any runtime, no GPU.
+
+``with_reference`` gives a model whose custom nodes have bodies in opset 23, to be run on the CPU
+and compared. Integer products are exact there as in the library; codes and scales of the operators
+that quantise alone agree bit for bit; norms and activations agree but for the order of float32 sums
+and the last bits of exp and erf, which moves a code by one where a value lies between two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+import onnx_ir as ir
+from qcompile.targets.cuda.schema import BY_NAME, DOMAIN, Operator
+
+OPSET: Final = 23
+
+_FLOAT: Final = int(ir.DataType.FLOAT)
+_TINY: Final = 2.0**-100
+"""Rows below it code as zeros: 127 / max|row| could overflow."""
+
+Attributes = Mapping[str, int | float | str]
+_Values = dict[str, ir.Value]
+
+
+def with_reference(model: ir.Model) -> ir.Model:
+    """A copy of `model` in which every custom node calls a model-local function.
+
+    One function for each combination of operator, attributes and inputs and outputs that are
+    there; initialisers are shared with `model`.
+    """
+    copied = model.clone()
+    copied.opset_imports[DOMAIN] = 1
+    for node in copied.graph.all_nodes():
+        if node.domain != DOMAIN or node.op_type not in BY_NAME:
+            continue
+        operator = BY_NAME[node.op_type]
+        attributes = {
+            attribute.name: attribute.value
+            for attribute in node.attributes.values()
+            if isinstance(attribute, ir.Attr)
+        }
+        function = reference_function(
+            operator,
+            attributes,
+            [value is not None for value in node.inputs],
+            [bool(value.name) for value in node.outputs],
+        )
+        copied.functions[function.identifier()] = function
+        node.op_type = function.name
+        node.attributes.clear()
+    return copied
+
+
+def reference_function(
+    operator: Operator,
+    attributes: Attributes,
+    inputs: Sequence[bool] | None = None,
+    outputs: Sequence[bool] | None = None,
+) -> ir.Function:
+    """The operator as a function for nodes whose `inputs` and `outputs` are there, or all of them.
+
+    It has the node's inputs and outputs in the same places; the name says which are there. The
+    attributes' values are constants of the body.
+    """
+    present_in = _padded(inputs, len(operator.inputs))
+    present_out = _padded(outputs, len(operator.outputs))
+    length = len(operator.inputs) if inputs is None else len(inputs)
+    tape = ir.tape.Tape()
+    formal = [ir.Value(name=f"in_{item.name}") for item in operator.inputs[:length]]
+    given = {
+        parameter.name: value
+        for parameter, value, there in zip(operator.inputs, formal, present_in, strict=False)
+        if there
+    }
+    made = _BODIES[operator.name](tape, given, attributes)
+    results = []
+    for parameter, there in zip(operator.outputs, present_out, strict=True):
+        value = made.get(parameter.name)
+        if value is None or not there:
+            # A place that a node leaves empty: the function has it, with whatever.
+            value = tape.op("Identity", [given["x"]])
+        results.append(value)
+    count = len(operator.outputs) if outputs is None else len(outputs)
+    graph = ir.Graph(
+        formal, results[:count], nodes=list(tape.nodes), opset_imports={"": OPSET}, name="body"
+    )
+    name = _name(operator.name, attributes, present_in, present_out)
+    return ir.Function(domain=DOMAIN, name=name, graph=graph, attributes={})
+
+
+def _padded(given: Sequence[bool] | None, length: int) -> list[bool]:
+    there = [True] * length if given is None else list(given)
+    return there + [False] * (length - len(there))
+
+
+def _name(
+    operator: str, attributes: Attributes, inputs: Sequence[bool], outputs: Sequence[bool]
+) -> str:
+    values = [f"{name}_{attributes[name]!s}" for name in sorted(attributes)]
+    present = ["".join("x" if there else "o" for there in side) for side in (inputs, outputs)]
+    name = "_".join([operator, "reference", *present, *values])
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def _constant(tape: ir.tape.Tape, value: np.ndarray | np.generic) -> ir.Value:
+    return tape.op("Constant", [], {"value": ir.tensor(np.asarray(value))})
+
+
+def _number(tape: ir.tape.Tape, value: float) -> ir.Value:
+    return _constant(tape, np.float32(value))
+
+
+def _to_float(tape: ir.tape.Tape, value: ir.Value) -> ir.Value:
+    return tape.op("Cast", [value], {"to": _FLOAT})
+
+
+def _codes(tape: ir.tape.Tape, value: ir.Value, given: _Values) -> _Values:
+    """Codes of a float32 value; their scale too where none is given."""
+    made: _Values = {}
+    if "scale" in given:
+        inverse = tape.op("Div", [_number(tape, 1.0), given["scale"]])
+    else:
+        last = _constant(tape, np.array([-1], np.int64))
+        largest = tape.op("ReduceMax", [tape.op("Abs", [value]), last], {"keepdims": 1})
+        levels = _number(tape, 127.0)
+        made["scale"] = tape.op("Div", [largest, levels])
+        inverse = tape.op(
+            "Where",
+            [
+                tape.op("Less", [largest, _number(tape, _TINY)]),
+                _number(tape, 0.0),
+                tape.op("Div", [levels, largest]),
+            ],
+        )
+    rounded = tape.op("Round", [tape.op("Mul", [value, inverse])])
+    clipped = tape.op("Clip", [rounded, _number(tape, -128.0), _number(tape, 127.0)])
+    made["codes"] = tape.op("Cast", [clipped], {"to": int(ir.DataType.INT8)})
+    return made
+
+
+def _quantize(tape: ir.tape.Tape, given: _Values, attributes: Attributes) -> _Values:
+    return _codes(tape, _to_float(tape, given["x"]), given)
+
+
+def _activate(tape: ir.tape.Tape, given: _Values, attributes: Attributes) -> _Values:
+    value = _to_float(tape, given["x"])
+    up = given.get("up")
+    factor = None if up is None else _to_float(tape, up)
+    if attributes["packed"]:
+        value, factor = tape.op_multi_out(
+            "Split", [value], {"axis": -1, "num_outputs": 2}, num_outputs=2
+        )
+    kind = str(attributes["kind"])
+    if kind == "relu":
+        value = tape.op("Relu", [value])
+    elif kind in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if kind == "gelu_tanh" else "none"
+        value = tape.op("Gelu", [value], {"approximate": approximate})
+    elif kind == "silu":
+        value = tape.op("Mul", [value, tape.op("Sigmoid", [value])])
+    if factor is not None:
+        value = tape.op("Mul", [value, factor])
+    return _codes(tape, value, given)
+
+
+def _normalise(op_type: str) -> Callable[[ir.tape.Tape, _Values, Attributes], _Values]:
+    def body(tape: ir.tape.Tape, given: _Values, attributes: Attributes) -> _Values:
+        value = _to_float(tape, given["x"])
+        total = tape.op("Identity", [given["x"]])
+        if "residual" in given:
+            value = tape.op("Add", [value, _to_float(tape, given["residual"])])
+            total = tape.op("CastLike", [value, given["x"]])
+            value = _to_float(tape, total)
+        inputs = [value, _to_float(tape, given["weight"])]
+        if "bias" in given:
+            inputs.append(_to_float(tape, given["bias"]))
+        options = {"axis": -1, "epsilon": float(attributes["epsilon"])}
+        made = _codes(tape, tape.op(op_type, inputs, options), given)
+        return made | {"sum": total}
+
+    return body
+
+
+def _multiply(tape: ir.tape.Tape, given: _Values, attributes: Attributes) -> _Values:
+    weight = tape.op("Transpose", [given["weight"]], {"perm": [1, 0]})
+    exact = tape.op("MatMulInteger", [given["x"], weight])
+    value = tape.op("Mul", [_to_float(tape, exact), given["x_scale"]])
+    value = tape.op("Mul", [value, given["weight_scale"]])
+    if "bias" in given:
+        value = tape.op("Add", [value, given["bias"]])
+    return {"y": tape.op("Cast", [value], {"to": int(attributes["dtype"])})}
+
+
+_BODIES: Final[dict[str, Callable[[ir.tape.Tape, _Values, Attributes], _Values]]] = {
+    "QuantizeInt8": _quantize,
+    "ActivationInt8": _activate,
+    "LayerNormInt8": _normalise("LayerNormalization"),
+    "RMSNormInt8": _normalise("RMSNormalization"),
+    "MatMulInt8": _multiply,
+}

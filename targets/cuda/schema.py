@@ -1,0 +1,129 @@
+"""The custom operators, as data: the contract between the lowering, the library and the reference.
+
+Domain ``qcompile``, version 1. Everything that refers to an operator is made from this table: the
+C++ library's definitions (``build.py``) and the functions in standard operators (``reference.py``).
+
+Types: ``T`` is float16 or bfloat16, the same for every ``T`` of a node. Shapes: ``...`` is any
+number of leading dimensions, the same for every tensor of a node.
+
+The four operators that quantise share one rule. Without the input `scale` they quantise per token:
+each row along the last axis by scale = max|row| / 127, which is the output `scale`. With it, a
+float32 with one element, they quantise per tensor, saturating at -128 and 127, and the output
+`scale` is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final, Literal
+
+DOMAIN: Final = "qcompile"
+VERSION: Final = 1
+
+ACTIVATIONS: Final = ("none", "relu", "gelu", "gelu_tanh", "silu")
+"""Values of the attribute `kind`, in the order of the kernel's numbers."""
+
+Type = Literal["T", "int8", "float32"]
+AttributeType = Literal["int", "float", "string"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """An input or output: its name, its type and shape, whether it may be left out.
+
+    In the library's schema, inputs are called Input0, Input1, … and outputs Output0, …: ONNX
+    Runtime names those of custom operators so.
+    """
+
+    name: str
+    type: Type
+    shape: str
+    optional: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """An attribute. All are required: a default in two places would be two defaults."""
+
+    name: str
+    type: AttributeType
+    meaning: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A custom operator of the domain."""
+
+    name: str
+    summary: str
+    inputs: tuple[Parameter, ...]
+    outputs: tuple[Parameter, ...]
+    attributes: tuple[Attribute, ...] = ()
+    result_type: bool = False
+    """Whether the attribute `dtype` names ``T`` instead of an input; float32 is possible."""
+
+
+_X: Final = Parameter("x", "T", "[..., C]")
+_STATIC: Final = Parameter("scale", "float32", "[1] or []", optional=True)
+_CODES: Final = Parameter("codes", "int8", "[..., C]")
+_SCALE: Final = Parameter("scale", "float32", "[..., 1]", optional=True)
+_WEIGHT: Final = Parameter("weight", "T", "[C]")
+_RESIDUAL: Final = Parameter("residual", "T", "[..., C]", optional=True)
+_SUM: Final = Parameter("sum", "T", "[..., C]", optional=True)
+_EPSILON: Final = Attribute("epsilon", "float", "added to the variance")
+
+OPERATORS: Final = (
+    Operator(
+        "QuantizeInt8",
+        "codes of x",
+        inputs=(_X, _STATIC),
+        outputs=(_CODES, _SCALE),
+    ),
+    Operator(
+        "ActivationInt8",
+        "codes of kind(x), or of kind(x) · up",
+        inputs=(_X, Parameter("up", "T", "[..., C]", optional=True), _STATIC),
+        outputs=(_CODES, _SCALE),
+        attributes=(
+            Attribute("kind", "string", "one of " + ", ".join(ACTIVATIONS)),
+            Attribute(
+                "packed",
+                "int",
+                "1: x is [..., 2C], first what kind is applied to, then up, which is left out",
+            ),
+        ),
+    ),
+    Operator(
+        "LayerNormInt8",
+        "codes of LayerNormalization(x + residual) over the last axis; sum = x + residual",
+        inputs=(_X, _WEIGHT, Parameter("bias", "T", "[C]", optional=True), _RESIDUAL, _STATIC),
+        outputs=(_CODES, _SCALE, _SUM),
+        attributes=(_EPSILON,),
+    ),
+    Operator(
+        "RMSNormInt8",
+        "codes of RMSNormalization(x + residual) over the last axis; sum = x + residual",
+        inputs=(_X, _WEIGHT, _RESIDUAL, _STATIC),
+        outputs=(_CODES, _SCALE, _SUM),
+        attributes=(_EPSILON,),
+    ),
+    Operator(
+        "MatMulInt8",
+        "(x · weightᵀ) · x_scale · weight_scale + bias; products summed exactly in int32",
+        inputs=(
+            Parameter("x", "int8", "[..., K]"),
+            Parameter("x_scale", "float32", "[..., 1], [1] or []"),
+            Parameter("weight", "int8", "[N, K]"),
+            Parameter("weight_scale", "float32", "[N]"),
+            Parameter("bias", "float32", "[N]", optional=True),
+        ),
+        outputs=(Parameter("y", "T", "[..., N]"),),
+        attributes=(
+            Attribute("dtype", "int", "ONNX type of y: 10 float16, 16 bfloat16, 1 float32"),
+        ),
+        result_type=True,
+    ),
+)
+"""``C`` and ``N`` are multiples of 16, ``K`` of 32; ``C`` is at most 32768."""
+
+BY_NAME: Final = {operator.name: operator for operator in OPERATORS}
