@@ -110,7 +110,11 @@ def _compile(variant: Variant) -> str:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": variant.warps, "enable_fp_fusion": True}
+    options = {
+        "num_warps": variant.warps,
+        "maxnreg": variant.registers,
+        "enable_fp_fusion": True,
+    }
     if variant.tile is not None and not variant.tile.consumers:
         options["num_stages"] = variant.tile.stages
     source = _source(variant)

@@ -60,10 +60,11 @@ def tables(binaries: Sequence[Binary]) -> str:
 def _image(binary: Binary) -> str:
     variant, tile = binary.variant, binary.variant.tile
     if tile is None:
-        shape, costs = "0, 0, 0", "{}"
+        shape, costs = "0, 0, 0, 0", "{}"
     else:
         choice = _choice(binary)
-        shape = f"{tile.rows * max(tile.consumers, 1)}, {tile.columns}, {choice.most_rows}"
+        shape = f"{tile.rows * max(tile.consumers, 1)}, {tile.columns}, "
+        shape += f"{choice.fewest_rows}, {choice.most_rows}"
         cost = choice.cost
         terms = (cost.base, cost.wave, cost.wave_depth, cost.weights, cost.results)
         costs = "{" + ", ".join(f"{float(term)}F" for term in terms) + "}"

@@ -54,7 +54,12 @@ class Variant:
         """Warps that the kernel is compiled for: of one partition in ``gemm_hopper``."""
         if self.tile is not None:
             return self.tile.warps
-        return max(4, min(self.block // 512, 32))
+        return max(1, self.block // 1024)
+
+    @property
+    def registers(self) -> int | None:
+        """The most that a thread may have, where wide rows would else leave room for one block."""
+        return 64 if self.block >= 16384 else None
 
 
 def all_variants() -> Iterator[Variant]:

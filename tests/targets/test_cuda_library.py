@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from qcompile.targets.cuda import build as building
 from qcompile.targets.cuda.schema import DOMAIN, OPERATORS
-from qcompile.targets.cuda.tiles import CHOICES
+from qcompile.targets.cuda.tiles import ANY_ROWS, CHOICES
 from qcompile.targets.cuda.variants import ARCHITECTURES, all_variants
 
 from qcompile.errors import ConfigError
@@ -27,8 +27,10 @@ def test_variants_are_distinct_and_complete() -> None:
     for architecture in ARCHITECTURES:
         families = {v.family for v in variants if v.architecture == architecture}
         assert {"activation_rows", "norm_rows", "gemm"} <= families
-        # Some tile takes any number of rows, and one of them writes float32.
-        assert any(c.most_rows == 2**31 - 1 for c in CHOICES[architecture] if not c.tile.consumers)
+        # Whatever the number of rows, some tile takes it, and one that writes float32.
+        plain = [c for c in CHOICES[architecture] if not c.tile.consumers]
+        for rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 4096, ANY_ROWS):
+            assert any(c.fewest_rows <= rows <= c.most_rows for c in plain), rows
 
 
 def test_every_cubin_is_code_for_its_architecture() -> None:

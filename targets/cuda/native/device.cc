@@ -118,7 +118,7 @@ const Kernel& Device::gemm(std::int64_t m, std::int64_t n, std::int64_t k, bool 
     const Image& image = *kernel.image;
     const bool fits = image.family == Family::kGemm ||
                       (image.family == Family::kGemmHopper && !float32);
-    if (!fits || m > image.most_rows) {
+    if (!fits || m < image.fewest_rows || m > image.most_rows) {
       continue;
     }
     const float expected = cost(image, multiprocessors, m, n, k);

@@ -28,7 +28,8 @@ struct Image {
   int block;         // columns of a row that a kernel over rows holds
   int rows;          // of a GEMM's tile, all consumers together
   int columns;
-  int most_rows;     // of a matrix that the tile is meant for
+  int fewest_rows;   // of a matrix that the tile is meant for
+  int most_rows;
   Cost cost;
   unsigned threads;
   unsigned shared_bytes;
