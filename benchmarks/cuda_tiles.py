@@ -129,12 +129,13 @@ def measure(folder: Path, out: Path, rows: list[int], weights: list[tuple[int, i
     """Times in µs of every kernel in `folder`, into `out`."""
     import torch
 
+    cuda_module: Any = torch.cuda
     device = torch.device("cuda")
     torch.zeros(1, device=device)
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     cuda = ctypes.CDLL("libcuda.so.1")
     kernels = [Kernel(cuda, path) for path in sorted(folder.glob("gemm*.json"))]
-    stream = torch.cuda.Stream()
+    stream = cuda_module.Stream()
 
     def timed(work: Any, repeats: int) -> float:
         with torch.cuda.stream(stream):
@@ -145,7 +146,7 @@ def measure(folder: Path, out: Path, rows: list[int], weights: list[tuple[int, i
             graph.replay()
             marks = []
             for _ in range(repeats):
-                ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                ends = [cuda_module.Event(enable_timing=True) for _ in range(2)]
                 ends[0].record()
                 graph.replay()
                 ends[1].record()

@@ -1,9 +1,12 @@
 """What the custom operators mean, in standard operators: any runtime, no GPU.
 
-``with_reference`` gives a model whose custom nodes have bodies in opset 23, to be run on the CPU
-and compared. Integer products are exact there as in the library; codes and scales of the operators
-that quantise alone agree bit for bit; norms and activations agree but for the order of float32 sums
-and the last bits of exp and erf, which moves a code by one where a value lies between two.
+``with_reference`` gives a model that carries, for every custom node, a model-local function with a
+body in opset 23. Where the library is registered, ONNX Runtime's CUDA provider takes the nodes;
+where it is not, the bodies are inlined: one file for both, which is how it is checked on the CPU.
+
+Integer products are exact there as in the library; codes and scales of the operators that quantise
+alone agree bit for bit; norms and activations agree but for the order of float32 sums and the last
+bits of exp and erf, which moves a code by one where a value lies between two.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Final
 
 import numpy as np
 import onnx_ir as ir
-from qcompile.targets.cuda.schema import BY_NAME, DOMAIN, Operator
+from qcompile.targets.cuda.schema import BY_NAME, DOMAIN, VERSION, Operator
 
 OPSET: Final = 23
 
@@ -21,36 +24,36 @@ _FLOAT: Final = int(ir.DataType.FLOAT)
 _TINY: Final = 2.0**-100
 """Rows below it code as zeros: 127 / max|row| could overflow."""
 
+_ATTRIBUTE_TYPES: Final = {
+    "int": ir.AttributeType.INT,
+    "float": ir.AttributeType.FLOAT,
+    "string": ir.AttributeType.STRING,
+}
+
 Attributes = Mapping[str, int | float | str]
 _Values = dict[str, ir.Value]
 
 
 def with_reference(model: ir.Model) -> ir.Model:
-    """A copy of `model` in which every custom node calls a model-local function.
+    """A copy of `model` with a function for every custom node; initialisers are shared.
 
-    One function for each combination of operator, attributes and inputs and outputs that are
-    there; initialisers are shared with `model`.
+    A function is an overload of its operator: one for each combination of attributes and of inputs
+    and outputs that are there, under a name that says which.
     """
     copied = model.clone()
-    copied.opset_imports[DOMAIN] = 1
+    copied.opset_imports[DOMAIN] = VERSION
     for node in copied.graph.all_nodes():
         if node.domain != DOMAIN or node.op_type not in BY_NAME:
             continue
-        operator = BY_NAME[node.op_type]
-        attributes = {
-            attribute.name: attribute.value
-            for attribute in node.attributes.values()
-            if isinstance(attribute, ir.Attr)
-        }
+        attributes = {item.name: item.value for item in node.attributes.values()}
         function = reference_function(
-            operator,
+            BY_NAME[node.op_type],
             attributes,
             [value is not None for value in node.inputs],
             [bool(value.name) for value in node.outputs],
         )
+        node.overload = function.overload
         copied.functions[function.identifier()] = function
-        node.op_type = function.name
-        node.attributes.clear()
     return copied
 
 
@@ -62,14 +65,15 @@ def reference_function(
 ) -> ir.Function:
     """The operator as a function for nodes whose `inputs` and `outputs` are there, or all of them.
 
-    It has the node's inputs and outputs in the same places; the name says which are there. The
-    attributes' values are constants of the body.
+    It has the node's inputs and outputs in the same places, under the names that ONNX Runtime gives
+    those of custom operators: that is how it finds the kernel for a node that has a function too.
+    The attributes' values are constants of the body.
     """
     present_in = _padded(inputs, len(operator.inputs))
     present_out = _padded(outputs, len(operator.outputs))
     length = len(operator.inputs) if inputs is None else len(inputs)
     tape = ir.tape.Tape()
-    formal = [ir.Value(name=f"in_{item.name}") for item in operator.inputs[:length]]
+    formal = [ir.Value(name=f"Input{index}") for index in range(length)]
     given = {
         parameter.name: value
         for parameter, value, there in zip(operator.inputs, formal, present_in, strict=False)
@@ -84,11 +88,20 @@ def reference_function(
             value = tape.op("Identity", [given["x"]])
         results.append(value)
     count = len(operator.outputs) if outputs is None else len(outputs)
-    graph = ir.Graph(
-        formal, results[:count], nodes=list(tape.nodes), opset_imports={"": OPSET}, name="body"
+    for index, value in enumerate(results[:count]):
+        value.name = f"Output{index}"
+    nodes = list(tape.nodes)
+    graph = ir.Graph(formal, results[:count], nodes=nodes, opset_imports={"": OPSET}, name="body")
+    return ir.Function(
+        domain=DOMAIN,
+        name=operator.name,
+        overload=_overload(attributes, present_in, present_out),
+        graph=graph,
+        attributes=[
+            ir.Attr(attribute.name, _ATTRIBUTE_TYPES[attribute.type], None)
+            for attribute in operator.attributes
+        ],
     )
-    name = _name(operator.name, attributes, present_in, present_out)
-    return ir.Function(domain=DOMAIN, name=name, graph=graph, attributes={})
 
 
 def _padded(given: Sequence[bool] | None, length: int) -> list[bool]:
@@ -96,13 +109,10 @@ def _padded(given: Sequence[bool] | None, length: int) -> list[bool]:
     return there + [False] * (length - len(there))
 
 
-def _name(
-    operator: str, attributes: Attributes, inputs: Sequence[bool], outputs: Sequence[bool]
-) -> str:
-    values = [f"{name}_{attributes[name]!s}" for name in sorted(attributes)]
+def _overload(attributes: Attributes, inputs: Sequence[bool], outputs: Sequence[bool]) -> str:
     present = ["".join("x" if there else "o" for there in side) for side in (inputs, outputs)]
-    name = "_".join([operator, "reference", *present, *values])
-    return "".join(c if c.isalnum() else "_" for c in name)
+    values = [f"{name}_{attributes[name]!s}" for name in sorted(attributes)]
+    return "".join(c if c.isalnum() else "_" for c in "_".join([*present, *values]))
 
 
 def _constant(tape: ir.tape.Tape, value: np.ndarray | np.generic) -> ir.Value:

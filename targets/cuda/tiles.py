@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
-
 ANY_ROWS: Final = 2**31 - 1
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -46,7 +48,7 @@ def open_session(model: ir.Model, **options: str) -> ort.InferenceSession:
 
 
 def on_gpu(
-    session: ort.InferenceSession, arrays: Arrays, shapes: dict[str, Sequence[int]]
+    session: ort.InferenceSession, arrays: Arrays, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, np.ndarray]:
     """Outputs by the operator's names, written into memory that was poisoned before."""
     binding = session.io_binding()
@@ -345,7 +347,7 @@ def free_memory() -> int:
 
 def mlp(columns: int, inner: int) -> tuple[ir.Model, dict[str, np.ndarray]]:
     """Norm, product, activation, product: every operator that quantises but one."""
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "w1": RNG.integers(-127, 128, (inner, columns)).astype(np.int8),
         "w2": RNG.integers(-127, 128, (columns, inner)).astype(np.int8),
         "s1": (RNG.random(inner) / 1000).astype(np.float32),
@@ -365,6 +367,29 @@ def mlp(columns: int, inner: int) -> tuple[ir.Model, dict[str, np.ndarray]]:
         }}"""
     )
     return model, arrays
+
+
+def test_kernels_run_where_bodies_are_carried(tmp_path: Path) -> None:
+    """A model with references runs the kernels, not the bodies, where the library is there."""
+    model, arrays = mlp(64, 96)
+    x = RNG.normal(size=(5, 64)).astype(np.float16)
+    feeds = arrays | {"x": x, "r": x}
+    carrying = with_reference(model)
+    settings = ort.SessionOptions()
+    settings.register_custom_ops_library(str(library()))
+    settings.enable_profiling = True
+    settings.profile_file_prefix = str(tmp_path / "profile")
+    session = ort.InferenceSession(
+        ir.to_proto(carrying).SerializeToString(), settings, providers=[PROVIDER]
+    )
+    made = session.run(None, feeds)
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    ran = {event["args"]["op_name"] for event in events if "op_name" in event.get("args", {})}
+    assert {node.op_type for node in model.graph} <= ran
+    assert ran <= {node.op_type for node in model.graph} | {"MemcpyFromHost", "MemcpyToHost"}
+    plain = open_session(model).run(None, feeds)
+    for one, other in zip(made, plain, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_memory_does_not_grow() -> None:

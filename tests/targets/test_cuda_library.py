@@ -15,7 +15,7 @@ from qcompile.targets.cuda.tiles import ANY_ROWS, CHOICES
 from qcompile.targets.cuda.variants import ARCHITECTURES, all_variants
 
 from qcompile.errors import ConfigError
-from tests.targets.cuda_graphs import library, node_model
+from tests.targets.cuda_graphs import Arrays, library, node_model
 
 ELF_MACHINE_CUDA = 190
 SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -58,7 +58,7 @@ def test_library_loads_without_a_driver() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_operators_register(dtype: str) -> None:
     """A graph resolves: what then fails is that the CPU provider has no kernel."""
-    arrays = {
+    arrays: Arrays = {
         "x": np.zeros((2, 32), np.int8),
         "x_scale": np.ones((2, 1), np.float32),
         "weight": np.zeros((16, 32), np.int8),
@@ -86,7 +86,7 @@ def test_every_operator_is_known() -> None:
 
 
 def test_result_type_is_the_attribute() -> None:
-    arrays = {
+    arrays: Arrays = {
         "x": np.zeros((2, 32), np.int8),
         "x_scale": np.ones((2, 1), np.float32),
         "weight": np.zeros((16, 32), np.int8),
