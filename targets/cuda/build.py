@@ -78,12 +78,13 @@ def find_headers() -> Path:
         ConfigError: they are nowhere.
     """
     given = os.environ.get(HEADERS_VARIABLE)
-    places = [Path(given)] if given else []
-    places += [
+    places = [
         Path(prefix, "include", below)
         for prefix in (sys.prefix, "/usr/local", "/usr")
         for below in ("onnxruntime", "onnxruntime/core/session", "")
     ]
+    if given:
+        places = [Path(given)]
     for place in places:
         if (place / _HEADER).is_file():
             return place

@@ -20,6 +20,13 @@ from typing import Final, Literal
 DOMAIN: Final = "qcompile"
 VERSION: Final = 1
 
+CHANNELS_OUT: Final = 16
+"""The output channels of a weight are a multiple of it, and so are the columns of a row."""
+CHANNELS_IN: Final = 32
+"""The input channels of a weight are a multiple of it."""
+WIDEST_ROW: Final = 32768
+"""Columns that an operator that quantises takes at most."""
+
 ACTIVATIONS: Final = ("none", "relu", "gelu", "gelu_tanh", "silu")
 """Values of the attribute `kind`, in the order of the kernel's numbers."""
 
@@ -124,6 +131,17 @@ OPERATORS: Final = (
         result_type=True,
     ),
 )
-"""``C`` and ``N`` are multiples of 16, ``K`` of 32; ``C`` is at most 32768."""
+"""``C`` and ``N`` are multiples of CHANNELS_OUT, ``K`` of CHANNELS_IN; ``C`` at most WIDEST_ROW."""
 
 BY_NAME: Final = {operator.name: operator for operator in OPERATORS}
+
+
+def refusal(channels_out: int, channels_in: int) -> str | None:
+    """Why a weight [channels_out, channels_in] has no kernel, or None where it has."""
+    if channels_out % CHANNELS_OUT:
+        return f"{channels_out} output channels, no multiple of {CHANNELS_OUT}"
+    if channels_in % CHANNELS_IN:
+        return f"{channels_in} input channels, no multiple of {CHANNELS_IN}"
+    if channels_in > WIDEST_ROW:
+        return f"{channels_in} input channels, and activations come in rows of {WIDEST_ROW} at most"
+    return None

@@ -9,7 +9,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 from qcompile.targets.cuda.reference import with_reference
-from qcompile.targets.cuda.schema import ACTIVATIONS, DOMAIN, OPERATORS
+from qcompile.targets.cuda.schema import ACTIVATIONS, DOMAIN, OPERATORS, WIDEST_ROW, refusal
+from qcompile.targets.cuda.variants import BLOCKS
 from scipy.special import erf
 
 from tests.targets.cuda_graphs import (
@@ -154,3 +155,15 @@ def test_schema() -> None:
         for parameters in (operator.inputs, operator.outputs):
             optional = [parameter.optional for parameter in parameters]
             assert optional == sorted(optional), operator.name
+
+
+def test_refusals() -> None:
+    assert refusal(4096, 11008) is None
+    assert refusal(4096, WIDEST_ROW) is None
+    assert BLOCKS[-1] == WIDEST_ROW
+    for channels_out, channels_in, reason in (
+        (50257, 4096, "50257 output channels"),
+        (64, 80, "80 input channels"),
+        (64, 2 * WIDEST_ROW, "in rows of"),
+    ):
+        assert reason in str(refusal(channels_out, channels_in))

@@ -22,7 +22,6 @@ Driver open() {
     throw std::runtime_error("there is no CUDA driver (libcuda.so.1) on this machine");
   }
   Driver found{};
-  find(library, "cuInit", found.init);
   find(library, "cuCtxGetCurrent", found.current_context);
   find(library, "cuCtxGetDevice", found.context_device);
   find(library, "cuDeviceGetAttribute", found.device_attribute);

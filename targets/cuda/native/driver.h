@@ -20,7 +20,6 @@ struct alignas(64) TensorMap {
 };
 
 struct Driver {
-  CudaResult (*init)(unsigned flags);
   CudaResult (*current_context)(CudaContext*);
   CudaResult (*context_device)(CudaDevice*);
   CudaResult (*device_attribute)(int*, int attribute, CudaDevice);
