@@ -1,0 +1,105 @@
+"""Quantised Linears become the CUDA library's operators."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from qcompile.passes.constants import constant, derived, drop_unused
+from qcompile.passes.integer_matmul import constant_bias
+from qcompile.passes.matching import is_op, scalar_of
+from qcompile.passes.per_token import DEQUANTIZE, ZERO_POINT
+from qcompile.passes.per_token import DOMAIN as FUNCTIONS
+from qcompile.targets.cuda.schema import DOMAIN, VERSION, refusal
+
+from qcompile.linears import is_constant
+
+_FLOAT = int(ir.DataType.FLOAT)
+
+
+class Int8Linear(ir.passes.InPlacePass):
+    """Emit ``QuantizeInt8``, once for all readers of an activation, and ``MatMulInt8``.
+
+    1. ``MatMul(DequantizePerToken(QuantizePerToken(x)), DequantizeLinear(wq, t)) [+ bias]``
+       -> ``MatMulInt8(QuantizeInt8(x), wqᵀ, t, bias)``
+    2. ``MatMul(DequantizeLinear(QuantizeLinear(x, s, 128), s, 128), …)``, s a number
+       -> the same with `s` as the scale: uint8 codes around 128 are int8 codes around 0
+
+    Left as it is: other zero points, weights in blocks, shapes that the kernels refuse.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        made: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        modified = False
+        for node in list(model.graph):
+            if is_op(node, "MatMul"):
+                modified |= _lower(model.graph, node, made)
+        if modified:
+            model.graph.opset_imports[DOMAIN] = VERSION
+            drop_unused(model)
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def _lower(
+    graph: ir.Graph, matmul: ir.Node, made: dict[ir.Value, tuple[ir.Value, ir.Value]]
+) -> bool:
+    x_hat, w_hat = matmul.inputs
+    quantized = w_hat.producer() if w_hat is not None else None
+    if x_hat is None or quantized is None or not is_op(quantized, "DequantizeLinear"):
+        return False
+    codes, scale = quantized.inputs[:2]
+    if codes is None or scale is None or len(quantized.inputs) > 2:
+        return False
+    if not is_constant(codes) or codes.dtype != ir.DataType.INT8 or len(scale.shape or ()) != 1:
+        return False
+    if quantized.attributes.get_int("axis", 1) not in (1, -1):
+        return False
+    depth, width = (int(d) for d in codes.shape or ())  # type: ignore[arg-type]
+    if refusal(width, depth) is not None:
+        return False
+    tape = ir.tape.Tape()
+    if x_hat not in made:
+        activation = _activation(graph, tape, x_hat)
+        if activation is None:
+            return False
+        made[x_hat] = activation
+    bias, replaced = constant_bias(matmul)
+    weight = derived(codes, "transposed", np.transpose, (width, depth))
+    inputs = [*made[x_hat], weight, scale, bias]
+    result = tape.op("MatMulInt8", inputs[: 5 if bias is not None else 4], {"dtype": _FLOAT},
+                     domain=DOMAIN)  # fmt: skip
+    for node in tape.nodes:
+        if node.op_type == "MatMulInt8":
+            node.metadata_props.update(matmul.metadata_props)
+        node.name = str(matmul.name if node.op_type == "MatMulInt8" else f"{x_hat.name}/codes")
+    result.type, result.shape = replaced.outputs[0].type, replaced.outputs[0].shape
+    ir.convenience.replace_nodes_and_values(
+        graph, replaced, [matmul, *([replaced] if replaced is not matmul else [])],
+        list(tape.nodes), replaced.outputs, [result],
+    )  # fmt: skip
+    return True
+
+
+def _activation(
+    graph: ir.Graph, tape: ir.tape.Tape, x_hat: ir.Value
+) -> tuple[ir.Value, ir.Value] | None:
+    """(codes, scale) of the activation that `x_hat` is the dequantised form of."""
+    back = x_hat.producer()
+    forth = back.inputs[0].producer() if back is not None and back.inputs[0] is not None else None
+    x = forth.inputs[0] if forth is not None else None
+    if back is None or forth is None or x is None:
+        return None
+    static = None
+    if (back.op_type, back.domain) != (DEQUANTIZE, FUNCTIONS):
+        if not is_op(back, "DequantizeLinear") or not is_op(forth, "QuantizeLinear"):
+            return None
+        number, zero = scalar_of(back.inputs[1]), scalar_of(back.inputs[2])
+        if number is None or zero != ZERO_POINT:
+            return None
+        static = constant(graph, f"{x.name}.scale", np.array([number], np.float32))
+    if static is None:
+        codes, scale = tape.op_multi_out("QuantizeInt8", [x], num_outputs=2, domain=DOMAIN)
+        scale.dtype = ir.DataType.FLOAT
+    else:
+        codes, scale = tape.op("QuantizeInt8", [x, static], domain=DOMAIN), static
+    codes.dtype, codes.shape = ir.DataType.INT8, x.shape
+    return codes, scale
