@@ -78,15 +78,20 @@ def compile(
     )
 
 
-def load(folder: str | Path) -> onnxruntime.InferenceSession:
+def load(folder: str | Path, *, trust_library: bool = False) -> onnxruntime.InferenceSession:
     """Open the artifact in `folder` as an ``onnxruntime.InferenceSession``, default options.
+
+    Args:
+        folder: the artifact.
+        trust_library: whether a library of operators that it carries may be loaded, where this
+            package's own does not fit. A library is code.
 
     Raises:
         ModelError: not an artifact, or a graph that ONNX Runtime refuses.
     """
     from qcompile.artifact import load as load_artifact
 
-    return load_artifact(folder)
+    return load_artifact(folder, trust_library=trust_library)
 
 
 def default_output(model: Source, target: str, scheme: str) -> Path:

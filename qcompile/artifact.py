@@ -20,8 +20,8 @@ from qcompile.errors import ModelError
 from qcompile.metrics import Accuracy
 from qcompile.precision import PrecisionPlan
 from qcompile.report import Report
-from qcompile.session import first_sample, open_session, run_outputs
-from qcompile.targets.base import Target
+from qcompile.session import Runtime, first_sample, open_session, run_outputs
+from qcompile.targets import Target, get_target
 from qcompile.traced import Batch, Kind, TracedModel
 
 GRAPH: Final = "model.onnx"
@@ -44,8 +44,13 @@ class Artifact:
         return load(self.path)
 
 
-def load(folder: str | Path) -> ort.InferenceSession:
+def load(folder: str | Path, *, trust_library: bool = False) -> ort.InferenceSession:
     """Open the artifact in `folder`.
+
+    Args:
+        folder: the artifact.
+        trust_library: whether a library of operators that it carries may be loaded, where this
+            package's own does not fit. A library is code.
 
     Raises:
         ModelError: not an artifact, or a graph that ONNX Runtime refuses.
@@ -53,7 +58,9 @@ def load(folder: str | Path) -> ort.InferenceSession:
     path = Path(folder)
     if not (path / RECORD).is_file() or not (path / GRAPH).is_file():
         raise ModelError(f"{path} is not a qcompile artifact")
-    return open_session(path / GRAPH)
+    record = read_record(path)
+    runtime = get_target(record["target"]).runtime(path, record, trust_library=trust_library)
+    return open_session(path / GRAPH, runtime)
 
 
 def complete(
@@ -76,7 +83,7 @@ def complete(
     for asset in model.assets:
         if not (folder / asset.name).exists():
             shutil.copyfile(asset, folder / asset.name)
-    _write_sample(folder, model.kind, feed, reference)
+    _write_sample(folder, model.kind, feed, reference, target.runtime())
     report.bytes_float = _weight_bytes(model.ir)
     report.bytes = sum(p.stat().st_size for p in folder.glob(f"{GRAPH}*"))
     (folder / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -89,6 +96,7 @@ def complete(
         "kind": model.kind,
         "config": config.model_dump(mode="json"),
         "session_options": {},
+        "library": target.carried(folder),
         "plan": plan.to_dict(),
         "kernels": {op.name: target.kernels_for(op, plan) for op in plan.quantized},
         "sha256": {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
@@ -130,7 +138,7 @@ def damaged_files(folder: Path, record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _write_sample(folder: Path, kind: Kind, feed: Batch, reference: Path) -> None:
+def _write_sample(folder: Path, kind: Kind, feed: Batch, reference: Path, runtime: Runtime) -> None:
     """Keep one short feed, the float model's output and how far the compiled one is from it."""
     expected_session = open_session(reference)
     sample = first_sample(expected_session, feed)
@@ -142,7 +150,8 @@ def _write_sample(folder: Path, kind: Kind, feed: Batch, reference: Path) -> Non
         sample = {n: v[:, :kept] if v.shape[1:] == (length,) else v for n, v in sample.items()}
         expected = run_outputs(expected_session, sample)
     accuracy = Accuracy(kind)
-    accuracy.add_all(sample, expected, run_outputs(open_session(folder / GRAPH), sample))
+    compiled = run_outputs(open_session(folder / GRAPH, runtime), sample)
+    accuracy.add_all(sample, expected, compiled)
     arrays = {f"input.{name}": value for name, value in sample.items()}
     arrays |= {f"figure.{k}": np.array(v) for k, v in accuracy.result().items()}
     arrays |= {f"output.{name}": value for name, value in expected.items()}

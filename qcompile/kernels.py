@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qcompile.linears import find_linears
 from qcompile.precision import PrecisionPlan
-from qcompile.session import open_session
+from qcompile.session import HERE, Runtime, open_session
 from qcompile.targets.base import Target
 
 
@@ -45,25 +45,31 @@ def expected_kernels(plan: PrecisionPlan, target: Target) -> dict[str, tuple[str
     return {op.name: target.kernels_for(op, plan) for op in plan.quantized}
 
 
-def read_back(path: Path, scratch: Path | None = None) -> Kernels:
+def read_back(path: Path, scratch: Path | None = None, runtime: Runtime | None = HERE) -> Kernels:
     """Let ONNX Runtime optimise the graph `path` under default options, and read the result.
 
     Args:
         path: the graph.
         scratch: folder for the optimised graph; default the system's own for temporary files.
+        runtime: of the session; None: the graph is read as it is, where its kernels cannot run.
 
     Raises:
         ModelError: ONNX Runtime refuses the graph.
     """
+    if runtime is None:
+        return _kernels(ir.load(path))
     with tempfile.TemporaryDirectory(prefix="qcompile-", dir=scratch) as folder:
         optimised = Path(folder) / "optimised.onnx"
-        open_session(path, optimised_to=optimised)
-        model = ir.load(optimised)
-        kinds = [(str(node.name), _kind(node)) for node in model.graph.all_nodes()]
-        # A float Linear that kept its name is still worth naming in `inspect`.
-        named = dict(kinds) | {
-            linear.name: "MatMul" for linear in find_linears(model.graph) if linear.name
-        }
+        open_session(path, runtime, optimised_to=optimised)
+        return _kernels(ir.load(optimised))
+
+
+def _kernels(model: ir.Model) -> Kernels:
+    kinds = [(str(node.name), _kind(node)) for node in model.graph.all_nodes()]
+    # A float Linear that kept its name is still worth naming in `inspect`.
+    named = dict(kinds) | {
+        linear.name: "MatMul" for linear in find_linears(model.graph) if linear.name
+    }
     return Kernels(counts=dict(Counter(kind for _, kind in kinds)), by_name=named)
 
 

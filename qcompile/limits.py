@@ -8,6 +8,8 @@ from qcompile.config import CompileConfig
 from qcompile.costs import open_costs
 from qcompile.errors import ConfigError, check_reachable
 from qcompile.planfile import PlanFile
+from qcompile.schemes import Scheme
+from qcompile.targets import Target
 from qcompile.traced import TracedModel
 from qcompile.verify import Verification
 
@@ -30,6 +32,27 @@ def check_plan_paths(config: CompileConfig) -> None:
             raise ConfigError(f"{path} is a folder")
     if config.costs is not None and config.costs.exists():
         open_costs(config.costs, {})
+
+
+def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
+    """Refuse what `target` cannot do, before anything is computed.
+
+    Raises:
+        ConfigError: no such scheme there, nothing to compile for, or a choice that would have to
+            be measured and cannot.
+    """
+    if scheme.name not in target.schemes:
+        raise ConfigError(
+            f"target {target.name} has no scheme {scheme.name}",
+            hint="one of " + ", ".join(target.schemes),
+        )
+    if target.obstacle is not None:
+        raise ConfigError(target.obstacle)
+    asked = [name for name in config.plans if name not in ("plan_in", "plan_out")]
+    if config.objective not in ("latency", "scheme"):
+        asked.append(f"objective {config.objective}")
+    if target.unmeasured is not None and asked:
+        raise ConfigError(f"{asked[0]} wants measured times: {target.unmeasured}")
 
 
 def check_limits(config: CompileConfig, model: TracedModel) -> None:

@@ -14,7 +14,7 @@ from qcompile.config import Activations, CompileConfig
 from qcompile.errors import ConfigError, ModelError
 from qcompile.linears import Linear, Site
 from qcompile.outliers import can_split
-from qcompile.precision import INT8, MODES, Choice, Label
+from qcompile.precision import INT8, Choice, Label
 from qcompile.targets.base import Target
 
 _NAMED: Final[Mapping[str, Label]] = {
@@ -49,7 +49,7 @@ def find_options(sites: list[Site], config: CompileConfig, target: Target) -> di
         ConfigError: a recipe's glob matches nothing, gives ranges to activations that have none,
             mixes modes within one site, or asks for what the target has no kernel for.
     """
-    _check_recipe(sites, config)
+    _check_recipe(sites, config, target)
     options: dict[str, Options] = {}
     for site in sites:
         for linear in site.linears:
@@ -112,7 +112,7 @@ def require_any(options: Mapping[str, Options], graph: ir.Model) -> None:
     raise ModelError(f"nothing can be quantised: {detail}", hint="--scheme fp32 compiles it as is")
 
 
-def _check_recipe(sites: list[Site], config: CompileConfig) -> None:
+def _check_recipe(sites: list[Site], config: CompileConfig, target: Target) -> None:
     names = [linear.name for site in sites for linear in site.linears]
     unmatched = config.recipe.unmatched(names)
     if unmatched:
@@ -122,7 +122,8 @@ def _check_recipe(sites: list[Site], config: CompileConfig) -> None:
         )
     for glob, rule in config.recipe.rules:
         matched = [name for name in names if fnmatchcase(name, glob)]
-        if rule.ranges is not None and all("static" not in _modes(n, config) for n in matched):
+        modes = [_modes(name, config, target) for name in matched]
+        if rule.ranges is not None and all("static" not in found for found in modes):
             raise ConfigError(
                 f"recipe rule {glob!r} gives ranges, and the activations that it matches "
                 "are not static",
@@ -141,7 +142,12 @@ def _options(linear: Linear, config: CompileConfig, target: Target) -> Options:
         if label == "split" and not can_split(linear.in_features):
             raise ConfigError(f"{linear.name} has too few input channels to be split")
         return Options((label,), "recipe")
-    wanted = _modes(linear.name, config)
+    refusal = target.refusal(linear.in_features, linear.out_features)
+    if refusal is not None:
+        if rule.precision == "w8a8":
+            raise ConfigError(f"{target.name} has no int8 kernel for {linear.name}: {refusal}")
+        return Options(("float",), f"no int8 kernel of {target.name} takes it: {refusal}")
+    wanted = _modes(linear.name, config, target)
     modes = tuple(mode for mode in wanted if target.capability("MatMul", mode) is not None)
     if not modes:
         return Options(("float",), f"{target.name} has no kernel for {wanted[0]} activations")
@@ -183,6 +189,6 @@ def _further(linear: Linear, config: CompileConfig, target: Target) -> tuple[Lab
     return tuple(label for label in wanted if target.capability("MatMul", label) is not None)
 
 
-def _modes(name: str, config: CompileConfig) -> tuple[Activations, ...]:
+def _modes(name: str, config: CompileConfig, target: Target) -> tuple[Activations, ...]:
     asked = config.recipe.rule_for(name).activations or config.activations
-    return MODES if asked == "auto" else (asked,)
+    return target.modes if asked == "auto" else (asked,)

@@ -21,7 +21,7 @@ from qcompile.choosing import decide, scheme_choice
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
-from qcompile.limits import broken_limits, check_limits, check_plan_paths
+from qcompile.limits import broken_limits, check_limits, check_plan_paths, check_target
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
 from qcompile.options import find_options, require_any
@@ -89,6 +89,7 @@ def compile_model(
         )
     if not chosen_scheme.quantizes and config.plans:
         raise ConfigError(f"scheme {scheme} plans nothing, so {config.plans[0]} has no effect")
+    check_target(chosen_target, chosen_scheme, config)
     check_plan_paths(config)
     if isinstance(calibration, str | Path):
         check_calibration_path(Path(calibration))
@@ -132,7 +133,8 @@ def _compile(
 
     graph, decision = model.ir.clone(), None
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
-    plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}")
+    floats = scheme.floats or target.floats
+    plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}", floats)
     if scheme.quantizes:
         sites = find_sites(graph.graph)
         replayed = PlanFile.read(config.plan_in) if config.plan_in else None
@@ -146,7 +148,7 @@ def _compile(
             stats = calibrate(
                 graph, sites, data.calibration, work, histogram_stride=stride, progress=step
             )
-        if replayed is None and config.objective != "scheme":
+        if replayed is None and config.objective != "scheme" and target.unmeasured is None:
             with phases.phase("plan") as step:
                 measured = measure(
                     model, reference_path, options, stats, data, timed, config, target, work, step

@@ -16,10 +16,12 @@ from qcompile.outliers import find_split
 from qcompile.precision import (
     ActivationQuant,
     Choice,
+    Floats,
     OpPlan,
     PrecisionPlan,
     SitePlan,
     uint8_affine,
+    uint8_symmetric,
 )
 from qcompile.smoothing import SmoothingPlan
 from qcompile.targets.base import Target
@@ -63,7 +65,9 @@ def plan_precision(
         activation = neighbours = None
         if quantized:
             seen = stats[site.name].scaled(smoothing.scale_of(site.name))
-            activation = plan_activation(site, quantized[0], chosen, seen, config)
+            activation = plan_activation(
+                site, quantized[0], chosen, seen, config, symmetric=target.symmetric
+            )
             split, moment, gram = activation.split, seen.second_moment, seen.gram
             if split is not None:
                 moment = split.extend(moment, split.copies**2)
@@ -99,12 +103,13 @@ def plan_precision(
             )
         if progress:
             progress(done + 1, len(sites))
-    return PrecisionPlan(tuple(site_plans), tuple(ops))
+    return PrecisionPlan(tuple(site_plans), tuple(ops), target.floats)
 
 
-def float_plan(sites: list[Site], reason: str) -> PrecisionPlan:
+def float_plan(sites: list[Site], reason: str, floats: Floats = "float32") -> PrecisionPlan:
     """The plan that quantises nothing, for one `reason`."""
     return PrecisionPlan(
+        floats=floats,
         ops=tuple(
             OpPlan(
                 name=linear.name,
@@ -117,7 +122,7 @@ def float_plan(sites: list[Site], reason: str) -> PrecisionPlan:
             )
             for site in sites
             for linear in site.linears
-        )
+        ),
     )
 
 
@@ -130,7 +135,13 @@ def weight_of(linear: Linear) -> Array:
 
 
 def plan_activation(
-    site: Site, linear: Linear, chosen: Mapping[str, Choice], stats: Stats, config: CompileConfig
+    site: Site,
+    linear: Linear,
+    chosen: Mapping[str, Choice],
+    stats: Stats,
+    config: CompileConfig,
+    *,
+    symmetric: bool = False,
 ) -> ActivationQuant:
     """How the activation of `site` is quantised for `linear`, one of its quantised readers."""
     rule = config.recipe.rule_for(linear.name)
@@ -145,7 +156,8 @@ def plan_activation(
     reach = np.where(stats.maximum > 0, stats.maximum * HEADROOM, stats.maximum / HEADROOM)
     split = find_split(stats) if choice.label == "split" else None
     if split is None:
-        scale, zero_point = uint8_affine(*static_range(stats, ranges))
+        affine = uint8_symmetric if symmetric else uint8_affine
+        scale, zero_point = affine(*static_range(stats, ranges))
     else:
         low, high = (split.extend(end, split.copies) for end in (stats.minimum, stats.maximum))
         scale, zero_point = uint8_affine(float(low.min()), float(high.max()))

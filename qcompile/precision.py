@@ -21,6 +21,9 @@ Label: TypeAlias = Literal["float", "static", "dynamic", "token", "split", "weig
 """An implementation that can be chosen for an op; a mode stands for INT8 in that mode, ``split``
 for static INT8 with outlier channels on several channels each (`qcompile.outliers`)."""
 
+Floats: TypeAlias = Literal["float32", "float16"]
+"""The type of what stays floating point."""
+
 LABELS: Final[tuple[Label, ...]] = get_args(Label)
 MODES: Final[tuple[Activations, ...]] = get_args(Activations)
 INT8: Final[tuple[Label, ...]] = (*MODES, "split")
@@ -134,10 +137,17 @@ class SitePlan:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionPlan:
-    """Decisions for a whole graph: a value, made once, applied by passes."""
+    """Decisions for a whole graph: a value, made once, applied by passes.
+
+    Attributes:
+        sites: activations that are quantised.
+        ops: every Linear.
+        floats: the type of whatever is not quantised.
+    """
 
     sites: tuple[SitePlan, ...] = ()
     ops: tuple[OpPlan, ...] = ()
+    floats: Floats = "float32"
 
     @property
     def quantized(self) -> tuple[OpPlan, ...]:
@@ -151,7 +161,8 @@ class PrecisionPlan:
             dataclasses.replace(site, ops=(name,)) for site in self.sites if name in site.ops
         )
         others = (dataclasses.replace(o, precision="float", weight=None) for o in self.ops)
-        return PrecisionPlan(sites, tuple(op if o.name == name else o for o in others))
+        kept = tuple(op if o.name == name else o for o in others)
+        return PrecisionPlan(sites, kept, self.floats)
 
     def label(self, op: OpPlan) -> Label:
         """What was chosen for `op`."""
@@ -195,7 +206,7 @@ class PrecisionPlan:
                 row["scale"] = site.activation.scale
                 row["zero_point"] = site.activation.zero_point
             rows.append(row)
-        return {"ops": rows}
+        return {"floats": self.floats, "ops": rows}
 
 
 def uint8_affine(minimum: float, maximum: float) -> tuple[float, int]:
@@ -211,3 +222,11 @@ def uint8_affine(minimum: float, maximum: float) -> tuple[float, int]:
         return 1.0, 0
     zero_point = int(np.clip(np.rint(-low / scale), 0, 255))
     return scale, zero_point
+
+
+def uint8_symmetric(minimum: float, maximum: float) -> tuple[float, int]:
+    """Scale and zero_point of uint8 codes around 128: int8 codes around 0, for kernels without
+    a zero point. Codes reach from 1 to 255."""
+    largest = max(abs(minimum), abs(maximum))
+    scale = float(np.float32(largest / 127.0))
+    return (scale if scale >= np.finfo(np.float32).tiny else 1.0), 128

@@ -42,6 +42,8 @@ def make_report(
     warnings = list(data.warnings) if scheme.quantizes else []
     if target.caveat:
         warnings.append(target.caveat)
+    if scheme.quantizes and target.unmeasured and config.objective != "scheme":
+        warnings.append(target.unmeasured)
     warnings += [
         f"at {speed.batch}×{speed.sequence} the compiled model is slower than float on this "
         f"machine ({speed.ratio:.2f} of its speed)"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnxruntime as ort
@@ -14,18 +15,39 @@ from qcompile.errors import ModelError, VerificationError
 _MEASURED = ("logits", "last_hidden_state")
 
 
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """How a session is opened.
+
+    Attributes:
+        providers: ONNX Runtime's execution providers, the preferred one first.
+        library: of custom operators, to be registered, or None.
+        entries: session configuration, as ONNX Runtime names it.
+    """
+
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    library: Path | None = None
+    entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+HERE: Final = Runtime()
+"""The CPU provider, under default options."""
+
+
 def open_session(
     path: Path,
+    runtime: Runtime = HERE,
     *,
     optimised_to: Path | None = None,
     exact: bool = False,
     planned: bool = True,
     spinning: bool = True,
 ) -> ort.InferenceSession:
-    """A CPU session on the file `path`, under default options but for quiet logs.
+    """A session on the file `path`, under default options but for quiet logs.
 
     Args:
         path: an ONNX file; external data is found beside it.
+        runtime: the providers, and what they need; default the CPU.
         optimised_to: where ONNX Runtime writes the graph it really runs.
         exact: integer kernels that do not saturate, whatever the CPU; slower.
         planned: reserve each feed shape's activations as one block, as by default; without, a
@@ -49,8 +71,12 @@ def open_session(
         options.add_session_config_entry("session.x64quantprecision", "1")
     if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for key, value in runtime.entries.items():
+        options.add_session_config_entry(key, value)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        if runtime.library is not None:
+            options.register_custom_ops_library(str(runtime.library))
+        return ort.InferenceSession(str(path), options, providers=list(runtime.providers))
     except Exception as error:  # onnxruntime raises its own, unexported types
         lines = str(error).strip().splitlines()
         raise ModelError(

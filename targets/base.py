@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from qcompile.precision import Label, OpPlan, PrecisionPlan
+from qcompile.config import Activations
+from qcompile.precision import MODES, Floats, Label, OpPlan, PrecisionPlan
+from qcompile.session import HERE, Runtime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,14 @@ class Target(abc.ABC):
     summary: str
     variants: tuple[str, ...] = ()
     capabilities: tuple[Capability, ...] = ()
+    schemes: tuple[str, ...] = ("fp32", "w8a8")
+    """Names of the schemes that it runs."""
+    floats: Floats = "float32"
+    """The type that quantised models keep for the rest."""
+    modes: tuple[Activations, ...] = MODES
+    """How activations may be quantised where the user leaves it open, the default first."""
+    symmetric: bool = False
+    """Whether static codes have to be symmetric around zero: kernels without a zero point."""
 
     @abc.abstractmethod
     def __init__(self, variant: str = "") -> None:
@@ -56,6 +66,45 @@ class Target(abc.ABC):
     @property
     def caveat(self) -> str | None:
         """What figures measured here do not say about the machine that is compiled for."""
+        return None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why nothing can be compiled for it, or None."""
+        return None
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether its kernels run on this machine; where not, the graph runs by other means."""
+        return True
+
+    @property
+    def unmeasured(self) -> str | None:
+        """Why no plan is made from measured times, or None where they can be had."""
+        return None
+
+    def refusal(self, in_features: int, out_features: int) -> str | None:
+        """Why a Linear of this size has no INT8 kernel, or None."""
+        return None
+
+    def runtime(
+        self, folder: Path | None = None, record: Mapping[str, Any] | None = None, *,
+        trust_library: bool = False,
+    ) -> Runtime:  # fmt: skip
+        """How a session on its graphs is opened here.
+
+        Args:
+            folder: the artifact that is opened, if any, and `record`, its ``qcompile.json``.
+            record: see there.
+            trust_library: whether code that the artifact carries may be loaded.
+
+        Raises:
+            ModelError: it cannot be opened so.
+        """
+        return HERE
+
+    def carried(self, folder: Path) -> dict[str, Any] | None:
+        """What the record says of a library that `emit` put beside the graph, or None."""
         return None
 
     @abc.abstractmethod

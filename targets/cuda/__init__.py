@@ -10,5 +10,6 @@ variants   every kernel that is compiled
 aot        compiles them, without a GPU
 emit       generated sources of the library
 build      the library, by one command
+library    which library a session registers
 native/    its C++ sources
 """

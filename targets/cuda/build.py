@@ -20,11 +20,11 @@ from typing import Final
 import platformdirs
 from qcompile.targets.cuda.aot import SOURCES, Binary, compile_all, triton_version
 from qcompile.targets.cuda.emit import assembly, tables
+from qcompile.targets.cuda.library import LIBRARY
 from qcompile.targets.cuda.variants import all_variants
 
 from qcompile.errors import ConfigError, QcompileError
 
-LIBRARY: Final = "libqcompile_cuda.so"
 HEADERS_VARIABLE: Final = "QCOMPILE_ORT_INCLUDE"
 
 _HERE: Final = Path(__file__).parent
@@ -64,6 +64,16 @@ def build(output: Path | None = None) -> Path:
         shutil.copy2(library, output)
         return output
     return library
+
+
+def built() -> Path | None:
+    """The library of the present sources, if it has been built here.
+
+    Raises:
+        ConfigError: what it would be built with is missing.
+    """
+    library = cache_folder() / _key(find_headers(), find_compiler()) / LIBRARY
+    return library if library.is_file() else None
 
 
 def cache_folder() -> Path:

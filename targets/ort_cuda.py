@@ -1,0 +1,161 @@
+"""`ort-cuda`: ONNX Runtime's CUDA provider, with INT8 operators of our own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    InlinePass,
+    RemoveUnusedOpsetsPass,
+)
+from qcompile.passes.int8_linear import Int8Linear
+from qcompile.passes.int8_rows import Int8Rows
+from qcompile.passes.multi_head import MultiHead
+from qcompile.passes.skip_norm import SkipNorm
+from qcompile.passes.to_float16 import ToFloat16
+from qcompile.passes.unflatten import Unflatten
+from qcompile.targets.base import Capability, Target
+from qcompile.targets.cuda import library
+from qcompile.targets.cuda.reference import with_reference
+from qcompile.targets.cuda.schema import DOMAIN, VERSION, refusal
+
+from qcompile.errors import ConfigError
+from qcompile.precision import OpPlan, PrecisionPlan
+from qcompile.session import HERE, Runtime
+
+_KERNEL: Final = f"{DOMAIN}.MatMulInt8"
+
+
+class OrtCuda(Target):
+    """CUDA provider in float16, INT8 by custom operators.
+
+    Where there is no such GPU, the operators' bodies in standard ops run on the CPU: what they
+    compute is checked, how fast is not.
+    """
+
+    name = "ort-cuda"
+    summary = "ONNX Runtime, CUDA provider, INT8 kernels of our own"
+    variants = ("sm80", "sm89", "sm90")
+    schemes = ("fp32", "fp16", "w8a8")
+    floats = "float16"
+    modes = ("token",)
+    symmetric = True
+    saturates = False
+    capabilities = (
+        Capability(
+            "MatMul",
+            "token",
+            "int8 per output channel",
+            _KERNEL,
+            "a scale per row, in the epilogue",
+        ),
+        Capability(
+            "MatMul", "static", "int8 per output channel", _KERNEL, "one scale, from calibration"
+        ),
+    )
+
+    def __init__(self, variant: str = "") -> None:
+        if variant and variant not in self.variants:
+            raise ConfigError(
+                f"target ort-cuda has no variant {variant!r}",
+                hint="one of " + ", ".join(self.variants),
+            )
+        self.variant = variant or library.gpu() or ""
+
+    @property
+    def obstacle(self) -> str | None:
+        if self.variant in self.variants:
+            return None
+        if self.variant:
+            return f"the operators have no kernels for {self.variant}"
+        return (
+            "there is no GPU with ONNX Runtime's CUDA provider here; "
+            "name the one to compile for, like ort-cuda:sm90"
+        )
+
+    @property
+    def runs_here(self) -> bool:
+        return self.variant != "" and self.variant == library.gpu()
+
+    @property
+    def unmeasured(self) -> str | None:
+        return (
+            "ort-cuda has no table of measured times yet, so every op has the precision that the "
+            "scheme names"
+        )
+
+    @property
+    def caveat(self) -> str | None:
+        if self.runs_here:
+            return None
+        return (
+            f"speed was not measured: there is no {self.variant} GPU here. Accuracy was, with the "
+            "operators' bodies in standard ops on the CPU; run `qcompile check` there"
+        )
+
+    def refusal(self, in_features: int, out_features: int) -> str | None:
+        return refusal(out_features, in_features)
+
+    def runtime(
+        self, folder: Path | None = None, record: Mapping[str, Any] | None = None, *,
+        trust_library: bool = False,
+    ) -> Runtime:  # fmt: skip
+        if not self.runs_here:
+            return HERE
+        own = library.installed()
+        if folder is not None and record is not None and record.get("scheme") == "w8a8":
+            own = library.choose(folder, record, trust_library=trust_library)
+        return Runtime(("CUDAExecutionProvider",), own, {"session.disable_cpu_ep_fallback": "1"})
+
+    def carried(self, folder: Path) -> dict[str, Any] | None:
+        path = folder / library.LIBRARY
+        return library.description(path) if path.is_file() else None
+
+    def probe(self) -> dict[str, Any]:
+        return {
+            "variant": self.variant,
+            "gpu": library.gpu(),
+            "onnxruntime": ort.__version__,
+            "operators": VERSION,
+            "library": library.installed() is not None,
+        }
+
+    def machine(self) -> dict[str, str]:
+        return {
+            "target": self.name,
+            "processor": library.gpu() or "none",
+            "onnxruntime": ort.__version__,
+        }
+
+    def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
+        return (
+            Unflatten(),
+            MultiHead(),
+            Int8Linear(),
+            Int8Rows(),
+            SkipNorm(),
+            InlinePass(),
+            *((ToFloat16(),) if plan.floats == "float16" else ()),
+            CommonSubexpressionEliminationPass(),
+            RemoveUnusedOpsetsPass(),
+        )
+
+    def kernels_for(self, op: OpPlan, plan: PrecisionPlan) -> tuple[str, ...]:
+        return (_KERNEL,)
+
+    def emit(self, model: ir.Model, folder: Path) -> Path:
+        path = folder / "model.onnx"
+        custom = any(node.domain == DOMAIN for node in model.graph.all_nodes())
+        if custom:
+            model = with_reference(model)
+            own = library.installed()
+            if own is not None:
+                shutil.copyfile(own, folder / library.LIBRARY)
+        ir.save(model, path, external_data="model.onnx.data", alignment=4096)
+        return path
