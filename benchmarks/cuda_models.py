@@ -1,0 +1,293 @@
+"""Decoders of known shapes with random weights: INT8 against float16, on the GPU at hand.
+
+    python -m benchmarks.cuda_models [--models opt-6.7b llama-3-8b] [--layers 4] [--json PATH]
+
+The graph is what a frontend gives, written by hand; the target lowers it twice, for the schemes
+fp16 and w8a8 (activations per token). Weights are random codes times a scale, so that both compute
+the same function but for the rounding of activations. Without the output head, which would weigh
+more in a few layers than in the whole model. Inputs and outputs are bound to GPU memory; the two
+sessions run in turns in one process; medians. `padded` masks the first quarter of every sequence,
+which leaves the flash kernel for the one that takes a mask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import ShapeInferencePass
+from qcompile.passes.quantize import Quantize
+from qcompile.targets.ort_cuda import OrtCuda
+
+from qcompile.linears import find_linears, find_sites
+from qcompile.precision import ActivationQuant, OpPlan, PrecisionPlan, QuantizedWeight, SitePlan
+from qcompile.session import open_session
+
+FEEDS: Final = ((1, 2048, False), (8, 512, False), (16, 1, False), (8, 512, True))
+"""Batch, sequence, and whether the first quarter is padding."""
+
+SCALE: Final = 3e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A decoder. Without groups it is an OPT, with them a Llama."""
+
+    width: int
+    heads: int
+    inner: int
+    vocabulary: int
+    groups: int | None = None
+
+
+SHAPES: Final = {
+    "tiny-opt": Shape(256, 4, 1024, 1000),
+    "tiny-llama": Shape(256, 4, 704, 1000, 2),
+    "opt-6.7b": Shape(4096, 32, 16384, 50272),
+    "opt-13b": Shape(5120, 40, 20480, 50272),
+    "llama-3-8b": Shape(4096, 32, 14336, 128256, 8),
+}
+
+
+def text_of(shape: Shape, layers: int) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """The graph as ONNX text, and its weights' shapes by name."""
+    c, inner = shape.width, shape.inner
+    weights: dict[str, tuple[int, ...]] = {"embed": (shape.vocabulary, c)}
+    body = [
+        "same = Equal(mask, mask)  ones = Cast<to=7>(same)  at = CumSum(ones, axis)",
+        "rows = Unsqueeze(at, row_axes)  columns = Unsqueeze(at, column_axes)",
+        "causal = LessOrEqual(columns, rows)  real = Cast<to=9>(mask)",
+        "keys = Unsqueeze(real, column_axes)  keep = And(causal, keys)",
+        "x0 = Gather(embed, ids)",
+    ]
+    if shape.groups:
+        weights["frequencies"] = (c // shape.heads // 2,)
+        body.append("place = Unsqueeze(positions, last)  wide = Cast<to=1>(place)")
+        body.append("angle = Mul(wide, frequencies)  cosine = Cos(angle)  sine = Sin(angle)")
+
+    def linear(source: str, result: str, name: str, k: int, n: int) -> None:
+        weights[name] = (k, n)
+        if shape.groups:
+            body.append(f"{result} = MatMul({source}, {name})")
+        else:
+            weights[f"{name}_bias"] = (n,)
+            body.append(f"{result}p = MatMul({source}, {name})")
+            body.append(f"{result} = Add({result}p, {name}_bias)")
+
+    def norm(source: str, result: str, name: str) -> None:
+        weights[f"{name}_weight"] = (c,)
+        if shape.groups:
+            body.append(f"{result} = RMSNormalization<axis=-1>({source}, {name}_weight)")
+        else:
+            weights[f"{name}_bias"] = (c,)
+            body.append(
+                f"{result} = LayerNormalization<axis=-1>({source}, {name}_weight, {name}_bias)"
+            )
+
+    groups = shape.groups or shape.heads
+    narrow = c // shape.heads * groups
+    for i in range(layers):
+        norm(f"x{i}", f"n{i}", f"norm{i}")
+        for part, n in (("q", c), ("k", narrow), ("v", narrow)):
+            linear(f"n{i}", f"{part}{i}", f"{part}_proj{i}", c, n)
+        q, k = f"q{i}", f"k{i}"
+        if shape.groups:
+            for part, heads in (("q", shape.heads), ("k", groups)):
+                body.append(
+                    f"{part}r{i} = RotaryEmbedding<num_heads={heads}>({part}{i}, cosine, sine)"
+                )
+            q, k = f"qr{i}", f"kr{i}"
+        heads = f"q_num_heads={shape.heads}, kv_num_heads={groups}"
+        body.append(f"a{i} = Attention<{heads}>({q}, {k}, v{i}, keep)")
+        linear(f"a{i}", f"o{i}", f"o_proj{i}", c, c)
+        body.append(f"y{i} = Add(x{i}, o{i})")
+        norm(f"y{i}", f"m{i}", f"mlp_norm{i}")
+        if shape.groups:
+            linear(f"m{i}", f"g{i}", f"gate{i}", c, inner)
+            linear(f"m{i}", f"u{i}", f"up{i}", c, inner)
+            body.append(f"s{i} = Sigmoid(g{i})  t{i} = Mul(g{i}, s{i})  h{i} = Mul(t{i}, u{i})")
+        else:
+            linear(f"m{i}", f"f{i}", f"fc1_{i}", c, inner)
+            body.append(f"h{i} = Relu(f{i})")
+        linear(f"h{i}", f"d{i}", f"down{i}", inner, c)
+        body.append(f"x{i + 1} = Add(y{i}, d{i})")
+    norm(f"x{layers}", "y", "last_norm")
+    inputs = ["int64[b, s] ids", "int64[b, s] mask"]
+    if shape.groups:
+        inputs.append("int64[b, s] positions")
+    inputs += [f"float[{', '.join(map(str, dims))}] {name}" for name, dims in weights.items()]
+    constants = "int64 axis = {1}, int64[2] row_axes = {1, 3}, int64[2] column_axes = {1, 2}"
+    return (
+        '<ir_version: 10, opset_import: ["" : 23]>\n'
+        f"decoder ({', '.join(inputs)}) => (float[b, s, {c}] y)\n"
+        f"<{constants}, int64[1] last = {{2}}> {{\n" + "\n".join(body) + "\n}"
+    ), weights
+
+
+def build(shape: Shape, layers: int) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """The float graph, its weights lazy, and the codes of its matrices."""
+    text, weights = text_of(shape, layers)
+    model = ir.from_onnx_text(text)
+    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    rng = np.random.default_rng(0)
+    block = rng.integers(-127, 128, 1 << 22, np.int8)
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    codes: dict[str, np.ndarray] = {}
+    for at, (name, dims) in enumerate(weights.items()):
+        value = inputs[name]
+        model.graph.inputs.remove(value)
+        if len(dims) == 2:
+            codes[name] = np.resize(np.roll(block, 977 * at), dims)
+        value.const_value = _lazy(name, dims, codes.get(name))
+        model.graph.register_initializer(value)
+    for node in model.graph:
+        node.name = str(node.outputs[0].name)
+    return model, codes
+
+
+def _lazy(name: str, dims: tuple[int, ...], codes: np.ndarray | None) -> ir.LazyTensor:
+    def evaluate() -> ir.Tensor[Any]:
+        if codes is not None:
+            array = codes * np.float32(SCALE * (100 if name == "embed" else 1))
+        elif name == "frequencies":
+            array = (1e4 ** -np.linspace(0, 1, dims[0])).astype(np.float32)
+        else:
+            array = np.full(dims, 1.0 if name.endswith("weight") else 0.01, np.float32)
+        return ir.Tensor(array, name=name)
+
+    return ir.LazyTensor(evaluate, dtype=ir.DataType.FLOAT, shape=ir.Shape(dims), name=name)
+
+
+def plan_of(model: ir.Model, codes: dict[str, np.ndarray]) -> PrecisionPlan:
+    """Every Linear INT8, activations per token."""
+    ops, sites = [], []
+    for site in find_sites(model.graph):
+        activation = ActivationQuant("token", None, None, np.full(site.channels, 255))
+        names = tuple(linear.name for linear in site.linears)
+        sites.append(SitePlan(site.name, str(site.x.name), activation, names))
+    for linear in find_linears(model.graph):
+        k, n = linear.in_features, linear.out_features
+        weight = QuantizedWeight(codes[str(linear.weight.name)], np.full(n, SCALE, np.float32))
+        site_name = next(s.name for s in sites if linear.name in s.ops)
+        ops.append(
+            OpPlan(linear.name, site_name, "int8", "", k, n, str(linear.output.name), weight)
+        )
+    return PrecisionPlan(tuple(sites), tuple(ops), "float16")
+
+
+class Bound:
+    """A session with inputs and outputs bound to the GPU's memory."""
+
+    def __init__(self, session: ort.InferenceSession, feed: dict[str, np.ndarray]) -> None:
+        device = "cuda" if session.get_providers()[0].startswith("CUDA") else "cpu"
+        self.session, self.binding = session, session.io_binding()
+        for value in session.get_inputs():
+            array = ort.OrtValue.ortvalue_from_numpy(feed[value.name], device)
+            self.binding.bind_ortvalue_input(value.name, array)
+        self.binding.bind_output("y", device)
+        for _ in range(3):
+            self.time()
+
+    def time(self) -> float:
+        """Seconds of one run."""
+        start = time.perf_counter()
+        self.session.run_with_iobinding(self.binding)
+        return time.perf_counter() - start
+
+    def output(self) -> np.ndarray:
+        """Of the last run, in float64."""
+        result: np.ndarray = self.binding.copy_outputs_to_cpu()[0].astype(np.float64)
+        return result
+
+
+def compare(name: str, layers: int, repeats: int, target: OrtCuda) -> list[dict[str, Any]]:
+    """Lower both, open both, time both in turns."""
+    shape = SHAPES[name]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        sessions, sizes = [], []
+        for scheme in ("fp16", "w8a8"):
+            model, codes = build(shape, layers)
+            plan = PrecisionPlan(floats="float16")
+            if scheme == "w8a8":
+                plan = plan_of(model, codes)
+                Quantize(plan)(model)
+            for pass_ in target.lower(plan):
+                pass_(model)
+            folder = Path(scratch) / scheme
+            folder.mkdir()
+            path = target.emit(model, folder)
+            del model, codes
+            embedding = 2 * shape.vocabulary * shape.width
+            sizes.append((folder / "model.onnx.data").stat().st_size - embedding)
+            sessions.append(open_session(path, target.runtime()))
+        for batch, length, padded in FEEDS:
+            rng = np.random.default_rng(1)
+            mask = np.ones((batch, length), np.int64)
+            if padded:
+                mask[:, : length // 4] = 0
+            feed = {
+                "ids": rng.integers(0, shape.vocabulary, (batch, length)),
+                "mask": mask,
+                "positions": np.maximum(np.cumsum(mask, 1) - 1, 0),
+            }
+            sides = [Bound(session, feed) for session in sessions]
+            times: list[list[float]] = [[], []]
+            for _ in range(repeats):
+                for side, kept in zip(sides, times, strict=True):
+                    kept.append(side.time() * 1e3)
+            half, int8 = (side.output()[mask.astype(bool)] for side in sides)
+            medians = [statistics.median(kept) for kept in times]
+            rows.append(
+                {
+                    "model": name, "layers": layers, "batch": batch, "sequence": length,
+                    "padded": padded, "fp16_ms": medians[0], "w8a8_ms": medians[1],
+                    "ratio": medians[0] / medians[1], "weights": sizes[1] / sizes[0],
+                    "sqnr_db": float(10 * np.log10((half**2).sum() / ((half - int8) ** 2).sum())),
+                    "quarters": [statistics.quantiles(kept, n=4) for kept in times],
+                }
+            )  # fmt: skip
+            print(line_of(rows[-1]), flush=True)
+    return rows
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """For people."""
+    feed = f"{row['batch']}x{row['sequence']}{' padded' if row['padded'] else ''}"
+    times = f"fp16 {row['fp16_ms']:8.3f} ms  w8a8 {row['w8a8_ms']:8.3f} ms  {row['ratio']:.2f}x"
+    sizes = f"weights {row['weights']:.2f}x  SQNR {row['sqnr_db']:.1f} dB"
+    return f"{row['model']:11} {row['layers']} layers  {feed:14} {times}  {sizes}"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--models", nargs="+", choices=list(SHAPES), default=["opt-6.7b", "llama-3-8b"]
+    )
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--target", default="", help="a variant, where there is no GPU")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    target = OrtCuda(arguments.target)
+    rows = [
+        row
+        for name in arguments.models
+        for row in compare(name, arguments.layers, arguments.repeats, target)
+    ]
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
