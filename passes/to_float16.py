@@ -208,14 +208,14 @@ def _stored(graph: ir.Graph, value: ir.Value) -> ir.Value:
     shape = ir.Shape(tensor.shape.numpy())
 
     def evaluate(tensor: ir.TensorProtocol = tensor) -> ir.Tensor[Any]:
-        array = tensor.numpy()
+        return ir.Tensor(np.clip(tensor.numpy(), -LARGEST, LARGEST).astype(np.float16), name=name)
+
+    # Asked now: what fails while a file is written is no error of one line.
+    array = tensor.numpy()
+    if max(array.max(initial=0), -array.min(initial=0)) > LARGEST:
         size = np.abs(array)
-        endless = size > _MASK
-        if np.any((size > LARGEST) & ~endless):
+        if np.any((size > LARGEST) & (size <= _MASK)):
             raise ModelError(f"{value.name} holds numbers that float16 does not")
-        if endless.any():
-            array = np.clip(array, -LARGEST, LARGEST)
-        return ir.Tensor(array.astype(np.float16), name=name)
 
     lazy = ir.LazyTensor(evaluate, dtype=_HALF, shape=shape, name=name)
     made = ir.Value(name=name, shape=shape, type=ir.TensorType(_HALF), const_value=lazy)

@@ -106,7 +106,8 @@ class OrtCuda(Target):
         self, folder: Path | None = None, record: Mapping[str, Any] | None = None, *,
         trust_library: bool = False,
     ) -> Runtime:  # fmt: skip
-        if not self.runs_here:
+        # The library has kernels for every variant: an artifact runs on whichever is here.
+        if not self.runs_here and (folder is None or library.gpu() not in self.variants):
             return HERE
         own = library.installed()
         if folder is not None and record is not None and record.get("scheme") == "w8a8":

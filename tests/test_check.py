@@ -19,6 +19,7 @@ from qcompile import check
 from qcompile.artifact import RECORD, REPORT, SAMPLE
 from qcompile.check import check_artifact
 from qcompile.errors import ModelError, VerificationError
+from qcompile.session import HERE, Runtime
 
 
 def seal(folder: Path) -> None:
@@ -169,6 +170,10 @@ def test_an_artifact_for_another_kind_of_cpu(
     class Here:
         def __init__(self, spec: str) -> None:
             self.saturates = saturates
+            self.runs_here = True
+
+        def runtime(self, *given: object, trust_library: bool = False) -> Runtime:
+            return HERE
 
     def edit(report: dict[str, Any]) -> None:
         for op in report["ops"]:

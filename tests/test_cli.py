@@ -126,7 +126,7 @@ def test_targets(run_cli: RunCli) -> None:
 def test_schemes(run_cli: RunCli) -> None:
     outcome = run_cli("schemes")
     assert (outcome.status, outcome.stderr) == (0, "")
-    assert [line.split()[0] for line in outcome.stdout.splitlines()] == ["fp32", "w8a8"]
+    assert [line.split()[0] for line in outcome.stdout.splitlines()] == ["fp32", "fp16", "w8a8"]
 
 
 def test_inspect(run_cli: RunCli, compiled_tiny: qcompile.Artifact) -> None:

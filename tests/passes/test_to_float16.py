@@ -1,0 +1,92 @@
+"""ToFloat16: half precision, but for what it cannot hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from qcompile.passes.to_float16 import ToFloat16
+
+from qcompile.errors import ModelError
+from tests.passes.rewriting import HEADER, typed
+from tests.support import assert_idempotent, from_text, ops, run_model
+
+RNG = np.random.default_rng(0)
+W = RNG.standard_normal((8, 8)).astype(np.float32)
+X = RNG.standard_normal((2, 3, 8)).astype(np.float32)
+
+
+def converted(text: str, **weights: np.ndarray) -> ir.Model:
+    model = typed(from_text(HEADER + text, **weights))
+    assert ToFloat16()(model).modified
+    assert_idempotent(ToFloat16(), model)
+    return model
+
+
+def types(model: ir.Model) -> dict[str, str]:
+    return {str(v.name): str(v.dtype) for node in model.graph for v in node.outputs}
+
+
+def test_products_and_element_wise_ops() -> None:
+    text = """g (float[B,S,8] x, float[8,8] w) => (float[B,S,8] y) {
+        m = MatMul (x, w) r = Relu (m) y = Add (r, m) }"""
+    model = converted(text, w=W)
+    assert ops(model) == ["Cast", "MatMul", "Relu", "Add"]
+    assert model.graph.outputs[0].dtype == ir.DataType.FLOAT16
+    assert {v.dtype for v in model.graph.initializers.values()} == {ir.DataType.FLOAT16}
+    wanted = run_model(typed(from_text(HEADER + text, w=W)), {"x": X})["y"]
+    np.testing.assert_allclose(run_model(model, {"x": X})["y"], wanted, atol=0.02)
+
+
+def test_angles_stay_float32_until_they_are_used() -> None:
+    model = converted(
+        """g (float[B,S,8] x, int64[B,S] at, int64[1] last, float[8] w) => (float[B,S,8] y) {
+        p = Unsqueeze (at, last) f = Cast <to = 1> (p) a = Mul (f, w) c = Cos (a)
+        h = Relu (x) y = Mul (h, c) }""",
+        last=np.array([2]),
+        w=W[0],
+    )
+    found = types(model)
+    assert [found[name] for name in ("f", "a", "c", "y")] == ["FLOAT"] * 3 + ["FLOAT16"]
+    feed = {"x": X, "at": np.array([[5000, 5001, 5002]] * 2)}
+    wanted = np.maximum(X, 0) * np.cos(feed["at"][..., None].astype(np.float32) * W[0])
+    np.testing.assert_allclose(run_model(model, feed)["y"], wanted, atol=0.01)
+
+
+def test_sums_are_float32() -> None:
+    model = converted(
+        """g (float[B,S,8] x, int64[1] last) => (float[B,S] y) {
+        h = Relu (x) q = Mul (h, h) s = ReduceSum <keepdims = 0> (q, last) y = Sqrt (s) }""",
+        last=np.array([2]),
+    )
+    assert [types(model)[name] for name in ("q", "s", "y")] == ["FLOAT16", "FLOAT", "FLOAT"]
+    found = run_model(model, {"x": 200 * X})["y"]
+    np.testing.assert_allclose(found, np.linalg.norm(np.maximum(200 * X, 0), axis=-1), rtol=0.01)
+
+
+def test_branches_and_infinities() -> None:
+    model = converted(
+        """g (float[B,S,8] x, bool c, bool[8] k, float low, float zero) => (float[B,S,8] y) {
+        h = Relu (x)
+        y = If (c) <
+          then_branch = a () => (float[B,S,8] t) { t = Add (h, h) },
+          else_branch = b () => (float[B,S,8] e) { m = Where (k, zero, low) e = Add (h, m) }
+        > }""",
+        low=np.array(-3e38, np.float32),
+        zero=np.array(0, np.float32),
+    )
+    assert model.graph.outputs[0].dtype == ir.DataType.FLOAT16
+    keep = np.arange(8) % 2 == 0
+    for condition in (True, False):
+        found = run_model(model, {"x": X, "c": np.array(condition), "k": keep})["y"]
+        assert np.isfinite(found).all()
+
+
+def test_weights_that_do_not_fit_are_named() -> None:
+    text = "g (float[B,S,8] x, float[8,8] w) => (float[B,S,8] y) { y = MatMul (x, w) }"
+    model = typed(from_text(HEADER + text, w=1e6 * W))
+    # A pass's error arrives as the cause of onnx_ir's own.
+    with pytest.raises((ModelError, ir.passes.PassError)) as caught:
+        ToFloat16()(model)
+    told = f"{caught.value} {caught.value.__cause__}"
+    assert "w holds numbers that float16 does not" in told

@@ -1,0 +1,210 @@
+"""The target ort-cuda where there is no GPU: what is written, and what runs in its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from qcompile.targets import get_target
+from qcompile.targets.cuda import library
+from qcompile.targets.cuda.schema import DOMAIN
+from qcompile.targets.ort_cuda import OrtCuda
+
+import qcompile
+from qcompile.artifact import GRAPH, RECORD
+from qcompile.check import check_artifact
+from qcompile.errors import ConfigError, ModelError
+
+Compile = Callable[[str], qcompile.Artifact]
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "gpu", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def compiled(
+    tiny_onnx: Path, tiny_opt: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., qcompile.Artifact]:
+    """Compiles the example; each combination once."""
+    made: dict[str, qcompile.Artifact] = {}
+
+    def compile_for(target: str, scheme: str, **options: Any) -> qcompile.Artifact:
+        key = f"{target} {scheme} {options}"
+        if key not in made:
+            config = qcompile.CompileConfig(samples=8, seq_len=64, objective="scheme", **options)
+            made[key] = qcompile.compile(
+                str(tiny_onnx),
+                target=target,
+                scheme=scheme,
+                calibration=tiny_opt / "calibration.txt",
+                config=config,
+                output=tmp_path_factory.mktemp("cuda") / scheme,
+            )
+        return made[key]
+
+    return compile_for
+
+
+def graph_of(artifact: qcompile.Artifact) -> ir.Model:
+    return ir.load(artifact.path / GRAPH)
+
+
+def test_float16(compiled: Callable[..., qcompile.Artifact]) -> None:
+    artifact = compiled("ort-cuda:sm90", "fp16")
+    model = graph_of(artifact)
+    kinds = [node.op_type for node in model.graph.all_nodes()]
+    assert "Shape" not in kinds and "Reshape" not in kinds
+    assert kinds.count("SkipLayerNormalization") == 9
+    assert kinds.count("MultiHeadAttention") == 8  # 4 layers, with padding and without
+    assert all(value.dtype != ir.DataType.FLOAT for value in model.graph.initializers.values())
+    assert artifact.report.accuracy["kl"] < 1e-4
+    assert artifact.report.bytes < 0.55 * artifact.report.bytes_float
+    assert artifact.report.speed == []
+    assert any("speed was not measured" in line for line in artifact.report.warnings)
+
+
+@pytest.mark.parametrize("activations", ["auto", "static"])
+def test_w8a8_is_as_accurate_as_its_emulation(
+    compiled: Callable[..., qcompile.Artifact], activations: str
+) -> None:
+    """Against the CPU target's plan of the same scheme, whose floats are float32."""
+    artifact = compiled("ort-cuda:sm90", "w8a8", activations=activations)
+    kinds = [node.op_type for node in graph_of(artifact).graph if node.domain == DOMAIN]
+    assert kinds.count("MatMulInt8") >= 24
+    assert kinds.count("LayerNormInt8") >= 8 and kinds.count("ActivationInt8") == 4
+    assert kinds.count("QuantizeInt8") == 4  # what attention gives
+    mode = "token" if activations == "auto" else activations
+    emulated = compiled("ort-cpu:vnni", "w8a8", activations=mode)
+    kl, limit = artifact.report.accuracy["kl"], emulated.report.accuracy["kl"]
+    # Static codes are symmetric here, which wastes half of them after ReLU.
+    assert kl < (1.1 if mode == "token" else 4.0) * limit + 1e-4
+
+
+def test_the_artifact_is_checked_where_there_is_no_gpu(
+    compiled: Callable[..., qcompile.Artifact],
+) -> None:
+    artifact = compiled("ort-cuda:sm90", "w8a8")
+    assert check_artifact(artifact.path)["kernels"] == "as planned, by other means here"
+    session = qcompile.load(artifact.path)
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    assert all(op.sqnr_db is None or op.sqnr_db > 15 for op in artifact.report.ops)
+
+
+def test_left_padding_changes_nothing(compiled: Callable[..., qcompile.Artifact]) -> None:
+    session = qcompile.load(compiled("ort-cuda:sm90", "fp16").path)
+    ids = np.random.default_rng(0).integers(3, 200, (1, 12))
+    plain = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(12)[None],
+    }
+    padded = {name: np.pad(array, ((0, 0), (5, 0))) for name, array in plain.items()}
+    wanted, found = (session.run(["logits"], feed)[0] for feed in (plain, padded))
+    np.testing.assert_allclose(found[:, 5:].astype(float), wanted.astype(float), atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme", "options", "message"),
+    [
+        ("ort-cuda", "fp16", {}, "there is no GPU .* like ort-cuda:sm90"),
+        ("ort-cuda:sm70", "fp16", {}, "no variant 'sm70'"),
+        ("ort-cpu", "fp16", {}, "target ort-cpu has no scheme fp16"),
+        ("ort-cuda:sm90", "w8a8", {"max_kl": 0.1}, "max_kl wants measured times"),
+        (
+            "ort-cuda:sm90",
+            "w8a8",
+            {"objective": "accuracy", "max_size": 1},
+            "max_size wants measured times",
+        ),
+    ],
+)
+def test_refusals(
+    tiny_onnx: Path, tmp_path: Path, target: str, scheme: str, options: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        qcompile.compile(
+            str(tiny_onnx),
+            target=target,
+            scheme=scheme,
+            config=qcompile.CompileConfig(**options),
+            output=tmp_path / "out",
+        )
+
+
+def test_sizes_without_a_kernel() -> None:
+    target = get_target("ort-cuda:sm90")
+    assert target.refusal(64, 32) is None
+    assert target.refusal(64, 258) == "258 output channels, no multiple of 16"
+    assert target.refusal(48, 32) == "48 input channels, no multiple of 32"
+
+
+# Which library is registered.
+
+
+@pytest.fixture
+def carrying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The record of an artifact that carries a library, on a machine with a GPU."""
+    (tmp_path / library.LIBRARY).write_bytes(b"code")
+    monkeypatch.setattr(library, "gpu", lambda: "sm90")
+    monkeypatch.setattr(library, "installed", lambda: None)
+    described = library.description(tmp_path / library.LIBRARY)
+    record = {
+        "scheme": "w8a8",
+        "versions": {"qcompile": described["qcompile"]},
+        "library": described,
+    }
+    (tmp_path / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    return record
+
+
+def test_the_packages_own_library_comes_first(
+    tmp_path: Path, carrying: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.so"
+    monkeypatch.setattr(library, "installed", lambda: own)
+    runtime = OrtCuda().runtime(tmp_path, carrying, trust_library=True)
+    assert runtime.library == own
+    assert runtime.providers == ("CUDAExecutionProvider",)
+    assert runtime.entries["session.disable_cpu_ep_fallback"] == "1"
+
+
+@pytest.mark.parametrize("key", ["operators", "version"])
+def test_a_library_of_another_version_is_not_registered(
+    tmp_path: Path, carrying: dict[str, Any], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setattr(library, "installed", lambda: tmp_path / "own.so")
+    if key == "operators":
+        carrying["library"]["operators"] = 99
+    else:
+        carrying["versions"]["qcompile"] = "0.0.1"
+    with pytest.raises(ModelError, match="trust_library=True"):
+        OrtCuda().runtime(tmp_path, carrying)
+
+
+def test_the_artifacts_library_has_to_be_trusted(tmp_path: Path, carrying: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="is code"):
+        OrtCuda().runtime(tmp_path, carrying)
+    trusted = OrtCuda().runtime(tmp_path, carrying, trust_library=True)
+    assert trusted.library == tmp_path / library.LIBRARY
+
+
+def test_a_library_that_was_changed_is_refused(tmp_path: Path, carrying: dict[str, Any]) -> None:
+    (tmp_path / library.LIBRARY).write_bytes(b"other code")
+    with pytest.raises(ModelError, match="is not the library"):
+        OrtCuda().runtime(tmp_path, carrying, trust_library=True)
+
+
+@pytest.mark.parametrize("name", ["../evil.so", "missing.so"])
+def test_a_library_that_is_not_there_is_refused(
+    tmp_path: Path, carrying: dict[str, Any], name: str
+) -> None:
+    carrying["library"]["file"] = name
+    with pytest.raises(ModelError, match="lacks the library"):
+        OrtCuda().runtime(tmp_path, carrying, trust_library=True)
