@@ -106,8 +106,8 @@ def text_of(shape: Shape, layers: int) -> tuple[str, dict[str, tuple[int, ...]]]
                     f"{part}r{i} = RotaryEmbedding<num_heads={heads}>({part}{i}, cosine, sine)"
                 )
             q, k = f"qr{i}", f"kr{i}"
-        heads = f"q_num_heads={shape.heads}, kv_num_heads={groups}"
-        body.append(f"a{i} = Attention<{heads}>({q}, {k}, v{i}, keep)")
+        split = f"q_num_heads={shape.heads}, kv_num_heads={groups}"
+        body.append(f"a{i} = Attention<{split}>({q}, {k}, v{i}, keep)")
         linear(f"a{i}", f"o{i}", f"o_proj{i}", c, c)
         body.append(f"y{i} = Add(x{i}, o{i})")
         norm(f"y{i}", f"m{i}", f"mlp_norm{i}")

@@ -219,11 +219,12 @@ def inspect_command(folder: Path, as_json: bool) -> None:
 @cli.command("check", short_help="Verify an artifact again, on this machine.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def check_command(folder: Path, as_json: bool) -> None:
+@click.option("--trust-library", is_flag=True, help="Load the operators that FOLDER carries.")
+def check_command(folder: Path, as_json: bool, trust_library: bool) -> None:
     """Verify the artifact FOLDER on this machine: files, kernels, saturation, accuracy."""
     from qcompile.check import check_artifact
 
-    findings = check_artifact(folder)
+    findings = check_artifact(folder, trust_library=trust_library)
     if as_json:
         click.echo(json.dumps(findings, indent=1))
         return
