@@ -6,8 +6,8 @@ conversion pay for it once, and a group has at most one conversion. Minimising a
 
 - with two labels an op, a minimum s-t cut: a node per op and per conversion, an infinite edge from
   an op to the conversion that it needs (a submodular labelling; exact, solved by `networkx`);
-- otherwise, and under limits, a mixed-integer program (HiGHS through `scipy`), with the bound that
-  it proves.
+- with more, the best of each group for each of its conversions (exact: nothing joins two groups);
+- under limits, a mixed-integer program (HiGHS through `scipy`), with the bound that it proves.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Solution:
         labels: op -> label.
         cost: its cost vector.
         gap: how far, at most and relative to its value, it is from the optimum.
-        method: ``cut`` or ``milp``.
+        method: ``cut``, ``groups`` or ``milp``.
     """
 
     labels: Mapping[str, str]
@@ -110,10 +110,13 @@ def solve(problem: Problem, weights: Cost, limits: Cost | None = None) -> Soluti
     """
     if not problem.items:
         return Solution({}, np.zeros(0), 0.0, "cut")
-    if (limits is None or np.isinf(limits).all()) and _is_binary(problem):
-        labels = _cut(problem, weights)
-        return Solution(labels, problem.cost(labels), 0.0, "cut")
-    return _program(problem, weights, limits)
+    if limits is not None and not np.isinf(limits).all():
+        return _program(problem, weights, limits)
+    binary = _is_binary(problem)
+    labels = _cut(problem, weights) if binary else _by_group(problem, weights)
+    if labels is None:
+        return None
+    return Solution(labels, problem.cost(labels), 0.0, "cut" if binary else "groups")
 
 
 def front(problem: Problem, time: Cost, damage: Cost, *, most: int = 64) -> list[Solution]:
@@ -198,7 +201,36 @@ def _cut(problem: Problem, weights: Cost) -> dict[str, str]:
     return labels
 
 
-def _program(problem: Problem, weights: Cost, limits: Cost | None) -> Solution | None:
+def _by_group(problem: Problem, weights: Cost) -> dict[str, str] | None:
+    """For each group and each conversion that it may have, or none: the best label of every op."""
+    groups: dict[str, list[Item]] = {}
+    for item in problem.items:
+        groups.setdefault(item.group, []).append(item)
+    found: dict[str, str] = {}
+    for group, items in groups.items():
+        ways = []
+        needs = dict.fromkeys(need for item in items for need in item.needs.values())
+        for conversion in {None: None, **needs}:
+            price = 0.0 if conversion is None else weights @ problem.conversions[group][conversion]
+            best = [
+                min(
+                    (float(weights @ cost), label)
+                    for label, cost in item.costs.items()
+                    if item.needs[label] in (None, conversion)
+                )
+                for item in items
+                if not {None, conversion}.isdisjoint(item.needs.values())
+            ]
+            if len(best) == len(items):
+                ways.append((price + sum(cost for cost, _ in best), [label for _, label in best]))
+        if not ways:
+            return None
+        labels = min(ways, key=lambda way: way[0])[1]
+        found |= {item.name: label for item, label in zip(items, labels, strict=True)}
+    return {item.name: found[item.name] for item in problem.items}
+
+
+def _program(problem: Problem, weights: Cost, limits: Cost) -> Solution | None:
     """A binary variable per op and label, and per group and conversion."""
     columns: list[Cost] = []
     index: dict[tuple[str, ...], int] = {}
@@ -224,7 +256,7 @@ def _program(problem: Problem, weights: Cost, limits: Cost | None) -> Solution |
     for group, conversions in problem.conversions.items():
         rows.append({index["conversion", group, conversion]: 1.0 for conversion in conversions})
         bounds.append((0.0, 1.0))
-    for part, limit in enumerate(limits if limits is not None else ()):
+    for part, limit in enumerate(limits):
         if np.isfinite(limit):
             # In units of the limit: bytes and seconds differ by fifteen orders of magnitude.
             unit = max(abs(float(limit)), float(costs[part].max(initial=0.0)), 1e-300)

@@ -87,7 +87,7 @@ class Planning(_Model):
         speed: predicted for the chosen plan, relative to float, at each shape.
         damage: predicted for the chosen plan.
         bytes: of all weights of the chosen plan.
-        method: ``cut`` (exact) or ``milp``.
+        method: ``cut``, ``groups`` (both exact) or ``milp``.
         gap: how far from the optimum the plan may be, relative.
         measured: times taken for this compilation; the others were in the table.
         machine: where times were taken.

@@ -231,15 +231,15 @@ def test_a_program_finds_what_a_cut_finds() -> None:
         assert program.cost[0] == pytest.approx(cut.cost[0], rel=GAP)
 
 
-# mixed-integer program
+# more labels
 
 
-@settings(max_examples=80)
+@settings(max_examples=150)
 @given(
     problems(tuple(NEEDS), 6, always=3) | problems(("float", "static", "token"), 6, always=3),
     weights,
 )
-def test_a_program_is_the_best_of_all_labellings(problem: Problem, price: Cost) -> None:
+def test_groups_apart_are_the_best_of_all_labellings(problem: Problem, price: Cost) -> None:
     found = every_cost(problem) @ price
     solution = solve(problem, price)
     if not len(found):
@@ -247,8 +247,21 @@ def test_a_program_is_the_best_of_all_labellings(problem: Problem, price: Cost) 
         return
     assert solution is not None
     assert_consistent(problem, solution)
-    assert (solution.method, solution.gap <= GAP) == ("milp", True)
-    assert float(price @ solution.cost) == pytest.approx(float(found.min()), rel=GAP, abs=1e-9)
+    assert (solution.method, solution.gap) == ("groups", 0.0)
+    assert float(price @ solution.cost) == pytest.approx(float(found.min()), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_program_finds_what_groups_apart_find(seed: int) -> None:
+    """A limit that binds nothing makes it a program."""
+    problem = large_problem(seed, items=60, groups=15)
+    apart, program = solved(problem, TIME), solved(problem, TIME, limits_of(size=1e9))
+    assert (apart.method, program.method) == ("groups", "milp")
+    assert apart.cost[0] <= program.cost[0] * (1 + 1e-9)
+    assert program.cost[0] == pytest.approx(apart.cost[0], rel=GAP)
+
+
+# mixed-integer program
 
 
 @settings(max_examples=120)
