@@ -37,6 +37,8 @@ SPEED_MARGIN: Final = 1.03
 SIZE_MARGIN: Final = 0.995
 """Part of a limit on bytes that a prediction may fill: inserted Muls are not known yet."""
 
+UNSEEN: Final = "; accuracy is measured on an output that does not depend on it"
+
 SECOND: Final = 1e-3
 """Weight of the time where another objective comes first."""
 
@@ -178,7 +180,8 @@ def decide(measured: Measured, config: CompileConfig, *, correction: float = 1.0
     chosen = {
         item.name: Choice(
             solution.labels[item.name],  # type: ignore[arg-type]
-            _reason(item, solution, free, problem, measured, config),
+            _reason(item, solution, free, problem, measured, config)
+            + _caution(measured.damage.get(item.name, {})),
         )
         for item in problem.items
     }
@@ -240,6 +243,10 @@ def _reason(
         best = min(others, key=lambda k: float(_alone(item, k, problem).sum()))
         return f"cost: {_compared(item, best, problem)}"
     return f"cost: {_compared(item, label, problem)}"
+
+
+def _caution(damage: Mapping[Label, float]) -> str:
+    return UNSEEN if damage and not any(damage.values()) else ""
 
 
 def _alone(item: Item, label: str, problem: Problem) -> Cost:
