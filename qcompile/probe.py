@@ -53,6 +53,10 @@ _MOST_COPIES: Final = 8
 _OUTLIERS, _COPIES = 4, 4
 """Of a split that is timed: a usual one."""
 
+_LEAST: Final = 0.1
+"""Part of a probe's time that is its kernels' at least: the conversion was timed apart, and noise
+could leave nothing of a small op."""
+
 _MOST_BYTES: Final = 64 << 20
 """A wider Linear is timed in part; its time is proportional to its width."""
 
@@ -193,8 +197,8 @@ class Prober:
     ) -> None:
         runs = {key: run for key, run in runs.items() if key not in self.table.seconds}
         for key, seconds in steady_medians(runs).items():
-            each = (seconds - (once or {}).get(key, 0.0)) / (copies or {}).get(key, 1)
-            self.table.seconds[key] = max(each, 1e-9) * factor
+            kernels = max(seconds - (once or {}).get(key, 0.0), _LEAST * seconds)
+            self.table.seconds[key] = kernels / (copies or {}).get(key, 1) * factor
             self.measured += 1
 
     def _session(self, model: ir.Model) -> ort.InferenceSession:
