@@ -31,6 +31,7 @@ from qcompile.linears import find_linears, find_sites
 from qcompile.measuring import damage_by_gradient, short_samples
 from qcompile.options import find_options
 from qcompile.precision import LABELS, PrecisionPlan
+from qcompile.schemes import get_scheme
 from qcompile.sensitivity import TOKENS, quantized_activation
 from qcompile.smoothing import plan_smoothing
 from qcompile.spill import spill
@@ -67,7 +68,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     target = get_target(arguments.target)
     sites = find_sites(graph.graph)
     seen = calibrate(graph, sites, feeds[:32], work)
-    options = find_options(sites, config, target)
+    options = find_options(sites, config, get_scheme("w8a8"), target)
     chosen = scheme_choice(options)
     samples = short_samples(work / "float.onnx", feeds[32:], TOKEN_SAMPLES, TOKENS)
     gradients = measure_gradients(work / "float.onnx", samples, "text-generation")

@@ -48,6 +48,12 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         )
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
+    if scheme.quantizes and not scheme.modes and not config.recipe.names("w8a8"):
+        for field in ("activations", "smooth", "ranges"):
+            if getattr(config, field) != CompileConfig.model_fields[field].default:
+                raise ConfigError(
+                    f"scheme {scheme.name} quantises no activations, so {field} has no effect"
+                )
     asked = [name for name in config.plans if name not in ("plan_in", "plan_out")]
     if config.objective not in ("latency", "scheme"):
         asked.append(f"objective {config.objective}")

@@ -252,7 +252,9 @@ def damage_by_gradient(
         plans = trial_plans([site], stats, smoothing, own, config, target, weights)
         for linear in site.linears:
             seen = gradients.seen.pop(linear.name)
-            damage[linear.name] = measure_damage(linear, plans, seen, gradients.rows, scale)
+            damage[linear.name] = measure_damage(
+                linear, plans, seen, gradients.rows, scale, blockwise=target.blockwise
+            )
         release(model)
         if progress:
             progress(done + 1, len(sites))

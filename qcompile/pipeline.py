@@ -24,7 +24,7 @@ from qcompile.gradients import Importance
 from qcompile.limits import broken_limits, check_limits, check_plan_paths, check_target
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
-from qcompile.options import find_options, require_any
+from qcompile.options import find_options, needs_ranges, require_any
 from qcompile.passes.attention_3d import AttentionTo3D
 from qcompile.passes.canonical_linear import CanonicalLinear
 from qcompile.passes.fuse_attention import FuseAttention
@@ -140,14 +140,15 @@ def _compile(
         replayed = PlanFile.read(config.plan_in) if config.plan_in else None
         if replayed:
             config = config.model_copy(update={"recipe": replayed.recipe})
-        options = find_options(sites, config, target)
+        options = find_options(sites, config, scheme, target)
         require_any(options, graph)
         chosen = replayed.chosen(options, sites, target) if replayed else scheme_choice(options)
-        with phases.phase("calibrate") as step:
-            stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
-            stats = calibrate(
-                graph, sites, data.calibration, work, histogram_stride=stride, progress=step
-            )
+        if needs_ranges(options, chosen):
+            with phases.phase("calibrate") as step:
+                stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
+                stats = calibrate(
+                    graph, sites, data.calibration, work, histogram_stride=stride, progress=step
+                )
         if replayed is None and config.objective != "scheme" and target.unmeasured is None:
             with phases.phase("plan") as step:
                 measured = measure(

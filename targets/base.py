@@ -45,7 +45,7 @@ class Target(abc.ABC):
     summary: str
     variants: tuple[str, ...] = ()
     capabilities: tuple[Capability, ...] = ()
-    schemes: tuple[str, ...] = ("fp32", "w8a8")
+    schemes: tuple[str, ...] = ("fp32", "w8a8", "w8a16", "w4a16")
     """Names of the schemes that it runs."""
     floats: Floats = "float32"
     """The type that quantised models keep for the rest."""
@@ -53,6 +53,8 @@ class Target(abc.ABC):
     """How activations may be quantised where the user leaves it open, the default first."""
     symmetric: bool = False
     """Whether static codes have to be symmetric around zero: kernels without a zero point."""
+    blockwise: bool = True
+    """Whether the kernel for quantised weights alone rounds its activation to int8 per block."""
 
     @abc.abstractmethod
     def __init__(self, variant: str = "") -> None:

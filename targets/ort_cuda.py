@@ -16,10 +16,13 @@ from onnx_ir.passes.common import (
 )
 from qcompile.passes.int8_linear import Int8Linear
 from qcompile.passes.int8_rows import Int8Rows
+from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.multi_head import MultiHead
 from qcompile.passes.skip_norm import SkipNorm
 from qcompile.passes.to_float16 import ToFloat16
 from qcompile.passes.unflatten import Unflatten
+from qcompile.passes.weight_only import KERNEL as NBITS
+from qcompile.passes.weight_only import WeightOnlyMatMul
 from qcompile.targets.base import Capability, Target
 from qcompile.targets.cuda import library
 from qcompile.targets.cuda.reference import with_reference
@@ -30,6 +33,7 @@ from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.session import HERE, Runtime
 
 _KERNEL: Final = f"{DOMAIN}.MatMulInt8"
+_NBITS_KERNEL: Final = f"{CONTRIB}.{NBITS}"
 
 
 class OrtCuda(Target):
@@ -42,10 +46,11 @@ class OrtCuda(Target):
     name = "ort-cuda"
     summary = "ONNX Runtime, CUDA provider, INT8 kernels of our own"
     variants = ("sm80", "sm89", "sm90")
-    schemes = ("fp32", "fp16", "w8a8")
+    schemes = ("fp32", "fp16", "w8a8", "w8a16", "w4a16")
     floats = "float16"
     modes = ("token",)
     symmetric = True
+    blockwise = False
     saturates = False
     capabilities = (
         Capability(
@@ -58,6 +63,8 @@ class OrtCuda(Target):
         Capability(
             "MatMul", "static", "int8 per output channel", _KERNEL, "one scale, from calibration"
         ),
+        Capability("MatMul", "weight8", "int8 per block of 32", _NBITS_KERNEL, "float16 inside"),
+        Capability("MatMul", "weight4", "int4 per block of 32", _NBITS_KERNEL, "as weight8"),
     )
 
     def __init__(self, variant: str = "") -> None:
@@ -140,6 +147,7 @@ class OrtCuda(Target):
             MultiHead(),
             Int8Linear(),
             Int8Rows(),
+            WeightOnlyMatMul(accuracy_level=0),
             SkipNorm(),
             InlinePass(),
             *((ToFloat16(),) if plan.floats == "float16" else ()),
@@ -148,7 +156,7 @@ class OrtCuda(Target):
         )
 
     def kernels_for(self, op: OpPlan, plan: PrecisionPlan) -> tuple[str, ...]:
-        return (_KERNEL,)
+        return (_KERNEL if op.precision == "int8" else _NBITS_KERNEL,)
 
     def emit(self, model: ir.Model, folder: Path) -> Path:
         path = folder / "model.onnx"
