@@ -2,10 +2,13 @@
 
 Every op takes one of its labels; a label costs time (at each timed shape), damage and bytes. It may
 need a conversion of the op's input (quantise to uint8): ops of one group that need the same
-conversion pay for it once, and a group has at most one conversion. Minimising a weighted sum is
+conversion pay for it once, and a group has at most one conversion. A part of its cost may be saved
+where all ops of the group take it: then what makes the activation converts it as well, and nothing
+reads it as it was. Minimising a weighted sum is
 
 - with two labels an op, a minimum s-t cut: a node per op and per conversion, an infinite edge from
-  an op to the conversion that it needs (a submodular labelling; exact, solved by `networkx`);
+  an op to the conversion that it needs, and from a saving to each of its ops (a submodular
+  labelling; exact, solved by `networkx`);
 - otherwise, and under limits, a mixed-integer program (HiGHS through `scipy`), with the bound that
   it proves.
 """
@@ -13,6 +16,7 @@ conversion pay for it once, and a group has at most one conversion. Minimising a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -50,11 +54,13 @@ class Item:
 class Problem:
     """All ops, and what the conversions of a group's activation cost: group -> conversion -> cost.
 
-    Every cost is a vector of the same length.
+    Every cost is a vector of the same length. `savings` are the parts of a conversion's cost, not
+    negative, that a group is spared where all of its items take it.
     """
 
     items: tuple[Item, ...]
     conversions: Mapping[str, Mapping[str, Cost]]
+    savings: Mapping[str, Mapping[str, Cost]] = dataclasses.field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -77,7 +83,13 @@ class Problem:
                 raise ValueError(f"{item.group} cannot be both {used[item.group]} and {need}")
         for group, need in used.items():
             total += self.conversions[group][need]
+            if all(item.needs[labels[item.name]] == need for item in self.members(group)):
+                total -= self.savings.get(group, {}).get(need, 0.0)
         return total
+
+    def members(self, group: str) -> list[Item]:
+        """The items of `group`."""
+        return [item for item in self.items if item.group == group]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +202,12 @@ def _cut(problem: Problem, weights: Cost) -> dict[str, str]:
         if len(item.costs) == 1:
             only = next(iter(item.needs.values()))
             graph.add_edge(*(("source", node) if only is not None else (node, "sink")))
+    for group, savings in problem.savings.items():
+        for item in problem.members(group) if savings else ():
+            graph.add_edge(("saving", group), ("op", item.name))
+        for saving in savings.values():
+            capacity = round(float(weights @ saving) * unit)
+            graph.add_edge("source", ("saving", group), capacity=capacity)
     _, (converted, _) = nx.minimum_cut(graph, "source", "sink")
     labels = {}
     for item in problem.items:
@@ -199,7 +217,7 @@ def _cut(problem: Problem, weights: Cost) -> dict[str, str]:
 
 
 def _program(problem: Problem, weights: Cost, limits: Cost | None) -> Solution | None:
-    """A binary variable per op and label, and per group and conversion."""
+    """A binary variable per op and label, per group and conversion, and per saving."""
     columns: list[Cost] = []
     index: dict[tuple[str, ...], int] = {}
     for item in problem.items:
@@ -210,6 +228,10 @@ def _program(problem: Problem, weights: Cost, limits: Cost | None) -> Solution |
         for conversion, cost in conversions.items():
             index["conversion", group, conversion] = len(columns)
             columns.append(cost)
+    for group, savings in problem.savings.items():
+        for conversion, saving in savings.items():
+            index["saving", group, conversion] = len(columns)
+            columns.append(-saving)
     costs = np.stack(columns, axis=1)
     rows: list[dict[int, float]] = []
     bounds: list[tuple[float, float]] = []
@@ -224,6 +246,12 @@ def _program(problem: Problem, weights: Cost, limits: Cost | None) -> Solution |
     for group, conversions in problem.conversions.items():
         rows.append({index["conversion", group, conversion]: 1.0 for conversion in conversions})
         bounds.append((0.0, 1.0))
+    for group, savings in problem.savings.items():
+        for conversion, item in itertools.product(savings, problem.members(group)):
+            row = {index["saving", group, conversion]: 1.0}
+            labels = [label for label, need in item.needs.items() if need == conversion]
+            rows.append(row | {index["op", item.name, label]: -1.0 for label in labels})
+            bounds.append((-np.inf, 0.0))
     for part, limit in enumerate(limits if limits is not None else ()):
         if np.isfinite(limit):
             # In units of the limit: bytes and seconds differ by fifteen orders of magnitude.
@@ -244,11 +272,11 @@ def _program(problem: Problem, weights: Cost, limits: Cost | None) -> Solution |
         return None
     if result.x is None:
         raise PlanningError(f"no plan was found in {_SECONDS:g} seconds: {result.message}")
-    labels = {
+    found = {
         item.name: max(item.costs, key=lambda label, i=item: result.x[index["op", i.name, label]])  # type: ignore[misc]
         for item in problem.items
     }
-    return Solution(labels, problem.cost(labels), float(result.mip_gap or 0.0), "milp")
+    return Solution(found, problem.cost(found), float(result.mip_gap or 0.0), "milp")
 
 
 def _sparse(rows: list[dict[int, float]], width: int) -> sparse.csr_array:

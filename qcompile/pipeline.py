@@ -130,6 +130,14 @@ def _compile(
     run(reference, target.lower(PrecisionPlan()))
     reference_path = work / "float.onnx"
     ir.save(reference, reference_path)
+    baseline_path = reference_path
+    if scheme.quantizes and target.floats != "float32":
+        # The same in the type of what is not quantised: this a quantised model has to beat.
+        reference = model.ir.clone()
+        run(reference, target.lower(PrecisionPlan(floats=target.floats)))
+        baseline_path = work / "baseline.onnx"
+        ir.save(reference, baseline_path, external_data="baseline.onnx.data")
+    del reference
 
     graph, decision = model.ir.clone(), None
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
@@ -149,10 +157,11 @@ def _compile(
                 stats = calibrate(
                     graph, sites, data.calibration, work, histogram_stride=stride, progress=step
                 )
-        if replayed is None and config.objective != "scheme" and target.unmeasured is None:
+        measurable = target.unmeasured is None or config.costs is not None
+        if replayed is None and config.objective != "scheme" and measurable:
             with phases.phase("plan") as step:
                 measured = measure(
-                    model, reference_path, options, stats, data, timed, config, target, work, step
+                    model, baseline_path, options, stats, data, timed, config, target, work, step
                 )
                 decision = decide(measured, config)
                 chosen = decision.chosen
@@ -185,6 +194,7 @@ def _compile(
             model.kind,
             data.held_back,
             timed,
+            baseline_path=baseline_path,
             progress=step,
         )
         here = decision is None or not decision.foreign(target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import onnx_ir as ir
@@ -29,6 +30,7 @@ from qcompile.targets.cuda.reference import with_reference
 from qcompile.targets.cuda.schema import DOMAIN, VERSION, refusal
 
 from qcompile.errors import ConfigError
+from qcompile.makers import MAKERS
 from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.session import HERE, Runtime
 
@@ -51,6 +53,9 @@ class OrtCuda(Target):
     modes = ("token",)
     symmetric = True
     blockwise = False
+    fuses = MAKERS
+    timed_as = MappingProxyType({"static": "token"})
+    probe_bytes = 2 << 30
     saturates = False
     capabilities = (
         Capability(
@@ -91,10 +96,22 @@ class OrtCuda(Target):
         return self.variant != "" and self.variant == library.gpu()
 
     @property
+    def stored(self) -> Path | None:
+        path = Path(__file__).parent / "cuda" / f"costs_{self.variant}.json"
+        return path if path.is_file() else None
+
+    @property
     def unmeasured(self) -> str | None:
+        if self.runs_here and library.installed() is None:
+            return (
+                "the CUDA operators are not built, so their times cannot be taken; "
+                "python -m qcompile.targets.cuda.build builds them"
+            )
+        if self.runs_here or self.stored is not None:
+            return None
         return (
-            "ort-cuda has no table of measured times yet, so every op has the precision that the "
-            "scheme names"
+            f"there is no table of measured times for {self.variant} and no such GPU here, so "
+            "every op has the precision that the scheme names"
         )
 
     @property
@@ -137,8 +154,9 @@ class OrtCuda(Target):
     def machine(self) -> dict[str, str]:
         return {
             "target": self.name,
-            "processor": library.gpu() or "none",
+            "processor": library.gpu_name() or "none",
             "onnxruntime": ort.__version__,
+            "operators": str(VERSION),
         }
 
     def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
