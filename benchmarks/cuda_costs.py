@@ -28,7 +28,7 @@ from qcompile.probe import Prober
 from qcompile.probe_graphs import Shape
 from qcompile.stored import StoredTimes
 
-ROWS: Final = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+ROWS: Final = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHANNELS: Final = (256, 512, 1024, 2048, 4096, 8192, 16384, 28672)
 FEW: Final = (256, 1024, 4096, 16384)
 """Channels that weights in blocks are timed at."""
@@ -36,6 +36,10 @@ FEW: Final = (256, 1024, 4096, 16384)
 MOST: Final = 1 << 28
 """Weights of a Linear; of larger ones, the table takes the throughput of the next smaller."""
 
+SECONDS: Final = 0.3
+"""The most to spend on the labels of one size."""
+
+MODES: Final[tuple[Label, ...]] = ("token", "static")
 MAKERS: Final[tuple[Maker, ...]] = (
     "LayerNormalization",
     "RMSNormalization",
@@ -50,8 +54,8 @@ BETWEEN: Final = (
 """Rows, depth and width to try the table at."""
 
 
-def fill(prober: Prober, rows: tuple[int, ...], channels: tuple[int, ...]) -> None:
-    """Take all times of the grid."""
+def fill(prober: Prober, rows: tuple[int, ...], channels: tuple[int, ...], out: Path) -> None:
+    """Take all times of the grid, and write them as they come."""
     start = time.perf_counter()
     for depth in channels:
         for width in channels:
@@ -64,8 +68,9 @@ def fill(prober: Prober, rows: tuple[int, ...], channels: tuple[int, ...]) -> No
                 prober.linear(Shape(count, depth, width, False), labels)
         for count in rows:
             prober.linear(Shape(count, depth, channels[0], False), ["static"])
-            for maker, label in itertools.product(MAKERS, ("token", "static")):
-                prober.fused(maker, "token" if label == "token" else "static", count, depth)
+            for maker, label in itertools.product(MAKERS, MODES):
+                prober.fused(maker, label, count, depth)
+        prober.table.write(out)
         seconds = time.perf_counter() - start
         print(f"{depth:6d} channels: {prober.measured} times, {seconds:.0f} s", flush=True)
 
@@ -95,7 +100,7 @@ def main() -> None:
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     table = CostTable(machine=target.machine() | {"date": date})
     with tempfile.TemporaryDirectory() as work:
-        fill(Prober(target, table, Path(work)), ROWS, CHANNELS)
+        fill(Prober(target, table, Path(work), seconds=SECONDS), ROWS, CHANNELS, arguments.out)
         for key, seconds in table.seconds.items():
             table.seconds[key] = float(np.format_float_scientific(seconds, precision=3))
         table.write(arguments.out)

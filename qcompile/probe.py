@@ -55,6 +55,10 @@ _PART: Final = 64
 """Its part is a multiple of this where it can be: kernels take no odd ones."""
 
 
+IDLE: Final = "run"
+"""Key of the time of a run that does next to nothing."""
+
+
 def conversion_key(label: Label, rows: int, depth: int) -> str:
     """Key of the time to quantise an activation [rows, depth]."""
     return f"quantize-{label} {rows}x{depth}"
@@ -124,6 +128,7 @@ class Prober:
         work: folder for the probes' graphs.
         measures: False for the table of another machine.
         measured: how many times were taken in this run.
+        seconds: the most to spend on what is timed in turn, about.
     """
 
     target: Target
@@ -131,6 +136,7 @@ class Prober:
     work: Path
     measures: bool = True
     measured: int = 0
+    seconds: float = 2.0
     notes: Sequence[str] = ()
     _open: dict[str, _Opened] = dataclasses.field(default_factory=dict, repr=False)
     _fed: dict[tuple[int, int, str], Any] = dataclasses.field(default_factory=dict, repr=False)
@@ -247,10 +253,22 @@ class Prober:
         factor: float = 1.0,
     ) -> None:
         runs = {key: run for key, run in runs.items() if key not in self.table.seconds}
-        for key, seconds in steady_medians(runs).items():
-            each = (seconds - (once or {}).get(key, 0.0)) / (copies or {}).get(key, 1)
+        idle = self._idle() if copies is not None else 0.0
+        for key, seconds in steady_medians(runs, seconds=self.seconds).items():
+            each = (seconds - idle - (once or {}).get(key, 0.0)) / (copies or {}).get(key, 1)
             self.table.seconds[key] = max(each, 1e-9) * factor
             self.measured += 1
+
+    def _idle(self) -> float:
+        """Seconds of a run that does next to nothing: on a device, much of what a probe takes."""
+        if self._corners:
+            return 0.0
+        if IDLE not in self.table.seconds:
+            session = self._session(
+                IDLE, (), "float", partial(maker_graph, "Relu", 32, 1), cut=True
+            )
+            self._time({IDLE: self._runner(session, 1, 32)})
+        return self.table.seconds[IDLE]
 
     @property
     def _corners(self) -> bool:

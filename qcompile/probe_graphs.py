@@ -57,7 +57,7 @@ def linear_graph(shape: Shape, copies: int, *, sites: int, corners: bool = True)
     weight = np.resize(block, (shape.depth, shape.width))
     for at in range(copies):
         tape = ir.tape.Tape()
-        y = tape.op("MatMul", [inputs[at % sites], constant(graph, f"w{at}", np.roll(weight, at))])
+        y = tape.op("MatMul", [inputs[at % sites], constant(graph, f"w{at}", weight)])
         if shape.bias:
             y = tape.op("Add", [y, constant(graph, f"b{at}", weight[0] + at)])
         y.name, y.dtype = f"y{at}", ir.DataType.FLOAT
@@ -134,11 +134,11 @@ def plan_of(model: ir.Model, label: Label, floats: Floats) -> PrecisionPlan:
     if label == "split":
         split = Split(np.arange(_OUTLIERS), max(1, min(_COPIES, len(codes) // 8 // _OUTLIERS)))
         codes = split.extend(codes)
-    for at, linear in enumerate(linears):
+    for linear in linears:
         depth, width = linear.in_features, linear.out_features
         size = BLOCK_SIZE if precision in BITS else None
         scale = np.full((-(-depth // size), width) if size else width, 0.01, np.float32)
-        weight = QuantizedWeight(np.roll(codes, at), scale, size, bits)
+        weight = QuantizedWeight(codes, scale, size, bits)
         name = linear.name
         ops.append(OpPlan(name, str(linear.x.name), precision, "", depth, width, "", weight))
         by_input.setdefault(linear.x, []).append(name)

@@ -16,7 +16,7 @@ from qcompile.costs import CostTable
 from qcompile.errors import ConfigError
 from qcompile.makers import Maker
 from qcompile.precision import Label
-from qcompile.probe import Feed, conversion_key, maker_key
+from qcompile.probe import IDLE, Feed, conversion_key, maker_key
 from qcompile.probe_graphs import Shape
 from qcompile.targets.base import Target
 
@@ -68,7 +68,8 @@ class StoredTimes:
             grid = self._grids.get(self._timed_as.get(label, label))
             if grid is None:
                 raise ConfigError(f"the stored table has no times of {label} Linears")
-            if any(size > axis[-1] for size, axis in zip(sizes, grid.grid, strict=True)):
+            ends = (float(axis[-1]) for axis in grid.grid)
+            if any(math.log(size) > end for size, end in zip(sizes, ends, strict=True)):
                 self._outside.add("×".join(map(str, sizes)))
             found[label] = _between(grid, sizes)
         return found
@@ -102,8 +103,9 @@ class StoredTimes:
     def _grids(self) -> dict[str, RegularGridInterpolator]:
         points: dict[str, dict[tuple[int, ...], float]] = {}
         for key, seconds in self._seconds.items():
-            name, sizes = _parsed(key)
-            points.setdefault(name, {})[sizes] = seconds
+            if key != IDLE:
+                name, sizes = _parsed(key)
+                points.setdefault(name, {})[sizes] = seconds
         return {name: _grid(found) for name, found in points.items()}
 
 

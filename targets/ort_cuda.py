@@ -55,7 +55,7 @@ class OrtCuda(Target):
     blockwise = False
     fuses = MAKERS
     timed_as = MappingProxyType({"static": "token"})
-    probe_bytes = 2 << 30
+    probe_bytes = 1 << 30
     saturates = False
     capabilities = (
         Capability(
@@ -134,7 +134,7 @@ class OrtCuda(Target):
         if not self.runs_here and (folder is None or library.gpu() not in self.variants):
             return HERE
         own = library.installed()
-        if folder is not None and record is not None and record.get("scheme") == "w8a8":
+        if folder is not None and record is not None and _needs_library(record):
             own = library.choose(folder, record, trust_library=trust_library)
         return Runtime(("CUDAExecutionProvider",), own, {"session.disable_cpu_ep_fallback": "1"})
 
@@ -186,3 +186,9 @@ class OrtCuda(Target):
                 shutil.copyfile(own, folder / library.LIBRARY)
         ir.save(model, path, external_data="model.onnx.data", alignment=4096)
         return path
+
+
+def _needs_library(record: Mapping[str, Any]) -> bool:
+    """Whether a graph with this ``qcompile.json`` has operators of the library."""
+    kernels = [kernel for some in record.get("kernels", {}).values() for kernel in some]
+    return bool(record.get("library")) or any(k.startswith(f"{DOMAIN}.") for k in kernels)

@@ -27,13 +27,12 @@ from tests.support import from_text, ops, run_model
 TARGET = OrtCpu()
 SMALL = Shape(rows=5, depth=64, width=32, bias=True)
 COPIES = 8
-Medians = Callable[[Mapping[str, Callable[[], Any]]], dict[str, float]]
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real times, taken in a hurry; no test may depend on how long anything takes."""
-    quick = functools.partial(steady_medians, seconds=0.05, min_rounds=3)
+    quick = functools.partial(steady_medians, min_rounds=3)
     monkeypatch.setattr(probe, "steady_medians", quick)
 
 
@@ -42,14 +41,17 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, float]],
     """Times of whole probes by the first word of their key."""
 
     def patch(seconds: Mapping[str, float]) -> None:
-        medians: Medians = lambda runs: {key: seconds[key.partition(" ")[0]] for key in runs}  # noqa: E731
+        def medians(runs: Mapping[str, Any], **_: float) -> dict[str, float]:
+            return {key: seconds[key.partition(" ")[0]] for key in runs}
+
         monkeypatch.setattr(probe, "steady_medians", medians)
 
     return patch
 
 
 def prober(work: Path, table: CostTable | None = None, *, measures: bool = True) -> Prober:
-    return Prober(TARGET, table or CostTable(machine=TARGET.machine()), work, measures)
+    table = table or CostTable(machine=TARGET.machine())
+    return Prober(TARGET, table, work, measures, seconds=0.05)
 
 
 KERNELS = {"MatMul", *(row.kernel.rpartition(".")[2] for row in TARGET.capabilities)}

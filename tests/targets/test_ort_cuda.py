@@ -87,6 +87,21 @@ def test_w8a8_is_as_accurate_as_its_emulation(
     assert kl < (1.1 if mode == "token" else 4.0) * limit + 1e-4
 
 
+@pytest.mark.parametrize(("scheme", "bits", "limit"), [("w8a16", 8, 1e-3), ("w4a16", 4, 0.1)])
+def test_weights_alone(
+    compiled: Callable[..., qcompile.Artifact], scheme: str, bits: int, limit: float
+) -> None:
+    artifact = compiled("ort-cuda:sm90", scheme)
+    model = graph_of(artifact)
+    products = [node for node in model.graph.all_nodes() if node.op_type == "MatMulNBits"]
+    assert len(products) == len(artifact.report.ops) == 25
+    assert {node.attributes.get_int("bits") for node in products} == {bits}
+    assert {node.attributes.get_int("accuracy_level") for node in products} == {0}
+    assert not any(node.domain == DOMAIN for node in model.graph), "no library is needed"
+    assert all(value.dtype != ir.DataType.FLOAT for value in model.graph.initializers.values())
+    assert 0.0 < artifact.report.accuracy["kl"] < limit
+
+
 def test_the_artifact_is_checked_where_there_is_no_gpu(
     compiled: Callable[..., qcompile.Artifact],
 ) -> None:
@@ -116,13 +131,15 @@ def test_left_padding_changes_nothing(compiled: Callable[..., qcompile.Artifact]
         ("ort-cuda", "fp16", {}, "there is no GPU .* like ort-cuda:sm90"),
         ("ort-cuda:sm70", "fp16", {}, "no variant 'sm70'"),
         ("ort-cpu", "fp16", {}, "target ort-cpu has no scheme fp16"),
-        ("ort-cuda:sm90", "w8a8", {"max_kl": 0.1}, "max_kl wants measured times"),
+        ("ort-cuda:sm80", "w8a8", {"max_kl": 0.1}, "max_kl wants measured times"),
         (
-            "ort-cuda:sm90",
+            "ort-cuda:sm89",
             "w8a8",
             {"objective": "accuracy", "max_size": 1},
             "max_size wants measured times",
         ),
+        ("ort-cuda:sm90", "w8a8", {"min_speedup": 1.1}, "stored times are of Linears alone"),
+        ("ort-cuda:sm90", "w8a8", {"costs": Path("none.json")}, "there is no none.json"),
     ],
 )
 def test_refusals(
