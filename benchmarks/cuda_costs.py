@@ -3,9 +3,9 @@
     python -m benchmarks.cuda_costs targets/cuda/costs_sm90.json
 
 What comes out is the table that ``--target ort-cuda:sm90`` plans by where there is no such GPU;
-``--costs FILE`` takes no such table. Probes are the planner's own (`qcompile.probe`). Then sizes
-between those of the grid are timed and compared with what the table gives for them: the error of
-the interpolation is printed.
+``--costs FILE`` takes no such table. Probes are the planner's own (`qcompile.probe`). What the file
+holds already is kept. Then sizes between those of the grid are timed and compared with what the
+table gives for them: the error of the interpolation is printed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 from qcompile.targets.ort_cuda import OrtCuda
 
-from qcompile.costs import CostTable
+from qcompile.costs import CostTable, open_costs
 from qcompile.makers import Maker
 from qcompile.precision import Label
 from qcompile.probe import Prober
@@ -67,9 +67,9 @@ def fill(prober: Prober, rows: tuple[int, ...], channels: tuple[int, ...], out: 
             for count in rows:
                 prober.linear(Shape(count, depth, width, False), labels)
         for count in rows:
-            prober.linear(Shape(count, depth, channels[0], False), ["static"])
-            for maker, label in itertools.product(MAKERS, MODES):
-                prober.fused(maker, label, count, depth)
+            prober.linear(Shape(count, depth, channels[0], False), MODES)
+        for maker, count, label in itertools.product(MAKERS, rows, MODES):
+            prober.fused(maker, label, count, depth)
         prober.table.write(out)
         seconds = time.perf_counter() - start
         print(f"{depth:6d} channels: {prober.measured} times, {seconds:.0f} s", flush=True)
@@ -98,11 +98,14 @@ def main() -> None:
     arguments = parser.parse_args()
     target = OrtCuda()
     date = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    table = CostTable(machine=target.machine() | {"date": date})
+    table = open_costs(arguments.out, target.machine() | {"date": date})
     with tempfile.TemporaryDirectory() as work:
         fill(Prober(target, table, Path(work), seconds=SECONDS), ROWS, CHANNELS, arguments.out)
-        for key, seconds in table.seconds.items():
-            table.seconds[key] = float(np.format_float_scientific(seconds, precision=3))
+        rounded = {
+            key: float(np.format_float_scientific(seconds, precision=3))
+            for key, seconds in sorted(table.seconds.items())
+        }
+        table = table.model_copy(update={"seconds": rounded})
         table.write(arguments.out)
         compare(table, target, Path(work))
 

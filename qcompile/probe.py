@@ -115,7 +115,7 @@ class Times(Protocol):
         """Seconds of the whole float graph in `path` on each feed; None: not known."""
 
 
-_Opened: TypeAlias = tuple[tuple[int, ...], dict[Label, ort.InferenceSession]]
+_Opened: TypeAlias = tuple[tuple[int | str, ...], dict[Label, ort.InferenceSession]]
 
 
 @dataclasses.dataclass
@@ -198,26 +198,26 @@ class Prober:
     def _measure_conversions(self, rows: int, depth: int, keys: Mapping[Label, str]) -> None:
         shape = Shape(rows, depth, 16, False)
         build = partial(linear_graph, shape, _MOST_COPIES, sites=_MOST_COPIES, corners=False)
-        self._measure_activations("quantize", build, rows, depth, keys)
+        self._measure_activations("conversion", (depth,), build, rows, keys)
 
     def _measure_makers(
         self, maker: Maker, rows: int, depth: int, keys: Mapping[Label, str]
     ) -> None:
         build = partial(maker_graph, maker, depth, _MOST_COPIES)
-        self._measure_activations(maker, build, rows, depth, keys)
+        self._measure_activations("maker", (depth, maker), build, rows, keys)
 
     def _measure_activations(
         self,
         kind: str,
+        sizes: tuple[int, *tuple[int | str, ...]],
         build: Callable[[], ir.Model],
         rows: int,
-        depth: int,
         keys: Mapping[Label, str],
     ) -> None:
         runs = {}
         for label, key in keys.items():
-            session = self._session(kind, (depth,), label, build, cut=True)
-            runs[key] = self._runner(session, rows, depth)
+            session = self._session(kind, sizes, label, build, cut=True)
+            runs[key] = self._runner(session, rows, sizes[0])
         self._time(runs, copies=dict.fromkeys(runs, _MOST_COPIES))
 
     def _measure_linears(
@@ -284,7 +284,7 @@ class Prober:
     def _session(
         self,
         kind: str,
-        sizes: tuple[int, ...],
+        sizes: tuple[int | str, ...],
         label: Label,
         build: Callable[[], ir.Model],
         *,
