@@ -252,6 +252,10 @@ def _reason(
     if label == "float":
         others = [k for k in options.labels if k != "float"]
         best = min(others, key=lambda k: float(_alone(item, k, problem).sum()))
+        if (_alone(item, best, problem) < _alone(item, "float", problem)).all():
+            return (
+                f"damage: {_compared(item, best, problem)} is not worth {item.costs[best][-2]:.1e}"
+            )
         return f"cost: {_compared(item, best, problem)}"
     return f"cost: {_compared(item, label, problem)}"
 
@@ -261,7 +265,8 @@ def _alone(item: Item, label: str, problem: Problem) -> Cost:
     need = item.needs[label]
     conversion = 0.0 if need is None else problem.conversions[item.group][need]
     if need is not None:
-        conversion = conversion - problem.savings.get(item.group, {}).get(need, 0.0)
+        saved = problem.savings.get(item.group, {}).get(need, 0.0)
+        conversion = np.maximum(conversion - saved, 0.0)
     result: Cost = (item.costs[label] + conversion)[:-2]
     return result
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,9 @@ proportional to its width."""
 _PART: Final = 64
 """Its part is a multiple of this where it can be: kernels take no odd ones."""
 
+
+_WARM: Final = 1.0
+"""Seconds in which a device that had nothing to do wakes up."""
 
 IDLE: Final = "run"
 """Key of the time of a run that does next to nothing."""
@@ -260,14 +264,19 @@ class Prober:
             self.measured += 1
 
     def _idle(self) -> float:
-        """Seconds of a run that does next to nothing: on a device, much of what a probe takes."""
+        """Seconds of a run that does next to nothing: on a device, much of what a probe takes.
+
+        Before the first time is taken, the device is kept busy until it is awake.
+        """
         if self._corners:
             return 0.0
-        if IDLE not in self.table.seconds:
-            session = self._session(
-                IDLE, (), "float", partial(maker_graph, "Relu", 32, 1), cut=True
-            )
-            self._time({IDLE: self._runner(session, 1, 32)})
+        if self.measured == 0:
+            build = partial(maker_graph, "Relu", 32, 1)
+            run = self._runner(self._session(IDLE, (), "float", build, cut=True), 1, 32)
+            end = time.perf_counter() + _WARM
+            while time.perf_counter() < end:
+                run()
+            self._time({IDLE: run})
         return self.table.seconds[IDLE]
 
     @property

@@ -46,10 +46,11 @@ class StoredTimes:
     @property
     def notes(self) -> Sequence[str]:
         """What a reader of the report has to know of them."""
-        where = ", ".join(f"{value}" for value in self.machine.values())
+        other = {k: v for k, v in self.machine.items() if k not in ("target", "processor")}
+        versions = ", ".join(f"{name} {value}" for name, value in other.items())
         notes = [
-            f"times are from the stored table of {where}: they count the Linears alone, and were "
-            "not measured on this machine"
+            f"the plan is from the stored times of an {self.machine.get('processor')} "
+            f"({versions}): they are of Linears alone, and nothing was timed here"
         ]
         if self._outside:
             sizes = ", ".join(sorted(self._outside))

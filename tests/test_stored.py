@@ -17,7 +17,7 @@ from qcompile.probe_graphs import Shape
 from qcompile.stored import StoredTimes
 
 ROWS, CHANNELS = (1, 8, 64), (32, 128)
-MACHINE = {"processor": "a far one", "date": "2026-11-22"}
+MACHINE = {"processor": "X100", "onnxruntime": "1.31.1", "date": "2026-11-22"}
 
 
 def law(rows: int, depth: int, width: int = 1) -> float:
@@ -94,4 +94,10 @@ def test_whole_models_are_not_known() -> None:
     graph = ir.Graph([], [], nodes=[])
     assert stored().model(Path(), graph, []) is None
     assert stored().measured == 0
-    assert stored().notes[0].startswith("times are from the stored table of a far one, 2026-11-22:")
+    assert (
+        stored()
+        .notes[0]
+        .startswith(
+            "the plan is from the stored times of an X100 (onnxruntime 1.31.1, date 2026-11-22):"
+        )
+    )

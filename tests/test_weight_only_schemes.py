@@ -28,7 +28,7 @@ def compiled(tiny_onnx: Path, tiny_opt: Path, tmp_path: Path) -> Any:
             scheme=scheme,
             calibration=tiny_opt / "calibration.txt",
             config=qcompile.CompileConfig(samples=8, seq_len=64, **options),
-            output=tmp_path / scheme,
+            output=tmp_path / f"{scheme}{len(list(tmp_path.iterdir()))}",
         )
 
     return compile_with

@@ -131,6 +131,7 @@ def test_a_run_of_nothing_is_no_part_of_a_time(
 ) -> None:
     """Of 50 seconds, 10 are the run's own; a conversion takes one eighth of the rest."""
     monkeypatch.setattr(Prober, "_corners", False)
+    monkeypatch.setattr("qcompile.probe._WARM", 0.0)
     found = {IDLE: 10.0, "quantize-token": 50.0, "float": 90.0, "token": 95.0}
     monkeypatch.setattr(
         "qcompile.probe.steady_medians",
