@@ -71,7 +71,7 @@ class StoredTimes:
                 raise ConfigError(f"the stored table has no times of {label} Linears")
             ends = (float(axis[-1]) for axis in grid.grid)
             if any(math.log(size) > end for size, end in zip(sizes, ends, strict=True)):
-                self._outside.add("×".join(map(str, sizes)))
+                self._outside.add(f"{label} {'×'.join(map(str, sizes))}")
             found[label] = _between(grid, sizes)
         return found
 

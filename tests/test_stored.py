@@ -66,7 +66,7 @@ def test_larger_sizes_keep_the_throughput_of_the_largest() -> None:
     )
     assert times.conversion("static", 64, 256) == pytest.approx(2 * law(64, 128))
     (_, note) = times.notes
-    assert note.endswith("taken at its throughput: 128×128×512")
+    assert note.endswith("taken at its throughput: float 128×128×512")
 
 
 def test_smaller_sizes_take_as_long_as_the_smallest() -> None:
