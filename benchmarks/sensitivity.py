@@ -82,7 +82,8 @@ def compare(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     smoothed = spill(smoothed, work, "trial")
     plans = trial_plans(find_sites(smoothed.graph), seen, smoothing, options, config, target)
     path = work / "trial.onnx"
-    truth = Truth(path, short_samples(path, feeds[32 + TOKEN_SAMPLES :], 8, TOKENS))
+    held_back = short_samples(path, feeds[32 + TOKEN_SAMPLES :], 8, TOKENS)
+    truth = Truth(path, held_back, blockwise=target.blockwise)
     rows = []
     for label in (known for known in LABELS if known in arguments.labels.split(",")):
         names = [name for name, parts in damage.items() if label in parts]
@@ -104,7 +105,8 @@ def compare(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 class Truth:
     """Mean KL of the model with some ops quantised, the others in float."""
 
-    def __init__(self, path: Path, feeds: list[Feed]) -> None:
+    def __init__(self, path: Path, feeds: list[Feed], *, blockwise: bool) -> None:
+        self.blockwise = blockwise
         self.model = ir.load(path)
         self.names = {linear.matmul: linear.name for linear in find_linears(self.model.graph)}
         self.nodes = evaluated(self.model.graph)
@@ -130,7 +132,8 @@ class Truth:
             op = plan.op(name)
             assert op.weight is not None
             weight = torch.from_numpy(op.weight.dequantized())
-            return quantized_activation(inputs[0], op, plan) @ weight
+            x = quantized_activation(inputs[0], op, plan, blockwise=self.blockwise)
+            return x @ weight
 
         with torch.no_grad():
             values = evaluate(self.nodes, given, self.constants, replaced)
