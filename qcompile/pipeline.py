@@ -24,7 +24,7 @@ from qcompile.gradients import Importance
 from qcompile.limits import broken_limits, check_limits, check_plan_paths, check_target
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
-from qcompile.options import find_options, require_any
+from qcompile.options import find_options, needs_ranges, require_any
 from qcompile.passes.attention_3d import AttentionTo3D
 from qcompile.passes.canonical_linear import CanonicalLinear
 from qcompile.passes.fuse_attention import FuseAttention
@@ -130,6 +130,14 @@ def _compile(
     run(reference, target.lower(PrecisionPlan()))
     reference_path = work / "float.onnx"
     ir.save(reference, reference_path)
+    baseline_path = reference_path
+    if scheme.quantizes and target.floats != "float32":
+        # The same in the type of what is not quantised: this a quantised model has to beat.
+        reference = model.ir.clone()
+        run(reference, target.lower(PrecisionPlan(floats=target.floats)))
+        baseline_path = work / "baseline.onnx"
+        ir.save(reference, baseline_path, external_data="baseline.onnx.data")
+    del reference
 
     graph, decision = model.ir.clone(), None
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
@@ -140,18 +148,20 @@ def _compile(
         replayed = PlanFile.read(config.plan_in) if config.plan_in else None
         if replayed:
             config = config.model_copy(update={"recipe": replayed.recipe})
-        options = find_options(sites, config, target)
+        options = find_options(sites, config, scheme, target)
         require_any(options, graph)
         chosen = replayed.chosen(options, sites, target) if replayed else scheme_choice(options)
-        with phases.phase("calibrate") as step:
-            stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
-            stats = calibrate(
-                graph, sites, data.calibration, work, histogram_stride=stride, progress=step
-            )
-        if replayed is None and config.objective != "scheme" and target.unmeasured is None:
+        if needs_ranges(options, chosen):
+            with phases.phase("calibrate") as step:
+                stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
+                stats = calibrate(
+                    graph, sites, data.calibration, work, histogram_stride=stride, progress=step
+                )
+        measurable = target.unmeasured is None or config.costs is not None
+        if replayed is None and config.objective != "scheme" and measurable:
             with phases.phase("plan") as step:
                 measured = measure(
-                    model, reference_path, options, stats, data, timed, config, target, work, step
+                    model, baseline_path, options, stats, data, timed, config, target, work, step
                 )
                 decision = decide(measured, config)
                 chosen = decision.chosen
@@ -184,6 +194,7 @@ def _compile(
             model.kind,
             data.held_back,
             timed,
+            baseline_path=baseline_path,
             progress=step,
         )
         here = decision is None or not decision.foreign(target)

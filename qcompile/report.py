@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pydantic
 
 from qcompile.errors import ModelError
-from qcompile.precision import Label, Precision
+from qcompile.precision import Floats, Label, Precision
 
 M = TypeVar("M", bound=pydantic.BaseModel)
 
@@ -46,6 +46,7 @@ class CandidateRow(_Model):
         label: ``float``, an INT8 mode (``static``, ``dynamic``, ``token``) or a weight-only form.
         microseconds: of the kernel alone, at each shape of `Planning.shapes`.
         conversion: microseconds to quantise the activation, shared by all ops that read it.
+        saved: microseconds less where all of them do: what makes the activation quantises it.
         damage: its part of the output's divergence, estimated.
         bytes: of the weight.
         chosen: whether it is in the plan.
@@ -54,6 +55,7 @@ class CandidateRow(_Model):
     label: Label
     microseconds: list[float]
     conversion: list[float] | None
+    saved: list[float] | None = None
     damage: float
     bytes: int
     chosen: bool
@@ -92,6 +94,7 @@ class Planning(_Model):
         measured: times taken for this compilation; the others were in the table.
         machine: where times were taken.
         sensitivity: how damage was found.
+        whole: whether `speed` is of the whole model, or of its Linears alone.
         front: the Pareto front, fastest first.
     """
 
@@ -107,6 +110,7 @@ class Planning(_Model):
     measured: int
     machine: dict[str, str]
     sensitivity: str
+    whole: bool = True
     front: list[FrontRow]
 
 
@@ -164,6 +168,7 @@ class Report(_Model):
     bytes: int = 0
     accuracy: dict[str, float] = {}
     speed: list[Speed] = []
+    floats: Floats = "float32"
     kernels: dict[str, int] = {}
     sites: list[SiteRow] = []
     ops: list[OpRow] = []

@@ -49,19 +49,21 @@ def verify(
     held_back: Sequence[Batch],
     timed: Sequence[Batch] = (),
     *,
+    baseline_path: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Open the graphs, compare kernels with the plan and outputs with each other.
 
     Args:
         traced_path: the float graph as it was traced or read: what accuracy is measured against.
-        float_path: the rewritten float graph: what speed is measured against.
+        float_path: the rewritten float32 graph.
         compiled_path: the graph that will ship.
         plan: what was promised.
         target: which kernel each promise means.
         kind: which accuracy measure applies.
         held_back: feeds that calibration did not see.
         timed: feeds to measure speed on; none: the first held-back sample.
+        baseline_path: what speed is measured against; None: `float_path`.
         progress: called with (batches done, batches in all).
 
     Returns:
@@ -87,7 +89,7 @@ def verify(
     # By other means than the target's kernels, times would say nothing about it.
     speed = []
     if target.runs_here:
-        speed = _speeds(float_path, compiled_path, runtime, timed, held_back[0])
+        speed = _speeds(baseline_path or float_path, compiled_path, runtime, timed, held_back[0])
     return Verification(kernels, figures, speed, problems)
 
 
