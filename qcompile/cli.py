@@ -116,6 +116,11 @@ def cli() -> None:
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model folder.")
 @click.option(
+    "--cache/--no-cache",
+    default=False,
+    help="A language model keeps keys and values: for `qcompile run`.  [default: no cache]",
+)
+@click.option(
     "--strict/--no-strict",
     default=True,
     help="Fail where verification does not hold, or only report it.  [default: strict]",

@@ -31,6 +31,7 @@ from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_rms_norm import FuseRmsNorm
+from qcompile.passes.kv_cache import KvCache
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
@@ -42,7 +43,7 @@ from qcompile.report import Report
 from qcompile.reporting import make_report, site_rows
 from qcompile.schemes import Scheme, get_scheme
 from qcompile.session import open_session
-from qcompile.shapes import check_shapes, default_shapes, timing_feeds
+from qcompile.shapes import check_shapes, default_shapes, prompt_length, timing_feeds
 from qcompile.smoothing import SmoothingPlan, plan_smoothing
 from qcompile.spill import release, spill
 from qcompile.staging import staged
@@ -126,8 +127,10 @@ def _compile(
         data = _calibration_data(calibration, model, config, scheme, work, step)
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
+    # Calibration and plans are of the graph without a cache: the same sites, the same weights.
+    cached = (KvCache(),) if config.cache else ()
     reference = model.ir.clone()
-    run(reference, target.lower(PrecisionPlan()))
+    run(reference, [*cached, *target.lower(PrecisionPlan())])
     reference_path = work / "float.onnx"
     ir.save(reference, reference_path)
 
@@ -171,7 +174,7 @@ def _compile(
     run(graph, [Quantize(plan)])
 
     with phases.phase("lower"):
-        run(graph, target.lower(plan))
+        run(graph, [*cached, *target.lower(plan)])
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:
@@ -184,6 +187,7 @@ def _compile(
             model.kind,
             data.held_back,
             timed,
+            past=prompt_length(model) if config.cache else None,
             progress=step,
         )
         here = decision is None or not decision.foreign(target)

@@ -144,8 +144,16 @@ class Speed(_Model):
 
     batch: int
     sequence: int
+    past: int = 0
+    """Tokens in the cache."""
     ratio: float
     rounds: int
+
+    @property
+    def shape(self) -> str:
+        """In words."""
+        behind = f" after {self.past}" if self.past else ""
+        return f"{self.batch}×{self.sequence}{behind}"
 
 
 class Report(_Model):
@@ -163,6 +171,8 @@ class Report(_Model):
     bytes_float: int = 0
     bytes: int = 0
     accuracy: dict[str, float] = {}
+    decoded: dict[str, float] = {}
+    """The same of a few tokens with a cache: half of them as a prompt, the others one at a time."""
     speed: list[Speed] = []
     kernels: dict[str, int] = {}
     sites: list[SiteRow] = []

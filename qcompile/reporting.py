@@ -45,7 +45,7 @@ def make_report(
     if scheme.quantizes and target.unmeasured and config.objective != "scheme":
         warnings.append(target.unmeasured)
     warnings += [
-        f"at {speed.batch}×{speed.sequence} the compiled model is slower than float on this "
+        f"at {speed.shape} the compiled model is slower than float on this "
         f"machine ({speed.ratio:.2f} of its speed)"
         for speed in findings.speed
         if scheme.quantizes and speed.ratio < 0.95
@@ -75,6 +75,7 @@ def make_report(
             if entry.reason.startswith("refused")
         ],
         accuracy=findings.accuracy,
+        decoded=findings.decoded,
         speed=findings.speed,
         kernels=findings.kernels.counts,
         sites=sites,

@@ -40,10 +40,11 @@ def print_summary(artifact: Artifact, console: Console) -> None:
     for name, value in report.accuracy.items():
         label, form = _FIGURES.get(name, (name, "{:.4g}"))
         table.add_row(label, form.format(value))
+    if report.decoded:
+        label, form = _FIGURES["kl"]
+        table.add_row(f"{label}, decoded with the cache", form.format(report.decoded["kl"]))
     for speed in report.speed:
-        table.add_row(
-            f"speed at {speed.batch}×{speed.sequence}", f"{speed.ratio:.2f}× float, same process"
-        )
+        table.add_row(f"speed at {speed.shape}", f"{speed.ratio:.2f}× float, same process")
     table.add_row(
         "measured on", f"{report.held_back} held-back samples ({escape(report.calibration)})"
     )

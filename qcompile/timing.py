@@ -9,6 +9,8 @@ from typing import Any
 
 import onnxruntime as ort
 
+from qcompile.cache import fed
+
 
 def speed_ratio(
     slow: ort.InferenceSession,
@@ -24,7 +26,8 @@ def speed_ratio(
     The two run in turn, so that a drifting clock meets both alike; absolute times are not kept.
 
     Args:
-        slow, fast: sessions that take `feed` (names they do not know are left out).
+        slow, fast: sessions that take `feed` (names they do not know are left out; a
+            cache that is not in it is empty).
         feed: one input.
         seconds: how long to measure, about.
         min_rounds, max_rounds: bounds on the rounds.
@@ -43,7 +46,7 @@ def speed_ratio(
 
 
 def _runner(session: ort.InferenceSession, feed: Mapping[str, Any]) -> Any:
-    wanted = {i.name: feed[i.name] for i in session.get_inputs()}
+    wanted = fed(session, feed)
     return lambda: session.run(None, wanted)
 
 
