@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from qcompile.passes.matching import scalar_of
+from qcompile.passes.matching import is_op, scalar_of
 
 from qcompile.linears import is_constant
 
@@ -82,8 +82,8 @@ def _sources(mask: ir.Value) -> tuple[list[ir.Value], list[int]] | None:
             found[value] = None
             continue
         node = value.producer()
-        if node is None:
-            if not is_constant(value):
+        if node is None or is_op(node, "Constant"):
+            if node is None and not is_constant(value):
                 return None
             number = scalar_of(value)
             if number is not None and number.is_integer() and 1 <= abs(number) < _WIDEST:
