@@ -37,15 +37,15 @@ def bench(
 ) -> list[Rate]:
     """Time a prompt, and the tokens after it, of each artifact in turn.
 
-    The tokens are random: how long a step takes does not depend on them. Threads sleep between
-    runs where there is more than one artifact; spinning, those of one would hold the cores.
+    Threads sleep between runs where there is more than one artifact; spinning, those of one would
+    hold the cores.
 
     Args:
         folders: artifacts with a cache.
         batch: sequences at once.
         prompt: tokens of each.
         new_tokens: decode steps.
-        rounds: how often all are timed; one more comes first, untimed.
+        rounds: how often all are timed.
 
     Raises:
         ModelError: no artifact, or one without a cache.
@@ -56,43 +56,57 @@ def bench(
         most = record.get("max_length")
         if most is not None and prompt + new_tokens > most:
             raise ConfigError(f"{folder} has {most} positions, fewer than {prompt + new_tokens}")
-    sessions = [
-        open_session(
+    sessions = {
+        str(folder): open_session(
             folder / GRAPH,
             get_target(record["target"]).runtime(folder, record),
             spinning=len(folders) == 1,
         )
         for folder, record in zip(folders, records, strict=True)
-    ]
-    for folder, session in zip(folders, sessions, strict=True):
+    }
+    for name, session in sessions.items():
         try:
             Decoder(session, 1, 1)
         except ModelError as error:
-            raise ModelError(f"{folder}: {error}") from error
-    ids = np.random.default_rng(0).integers(0, _vocabulary(sessions), (batch, prompt + new_tokens))
-    prefill: list[list[float]] = [[] for _ in sessions]
-    decode: list[list[float]] = [[] for _ in sessions]
+            raise ModelError(f"{name}: {error}") from error
+    return rates(sessions, batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
+
+
+def rates(
+    sessions: dict[str, ort.InferenceSession],
+    *,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    rounds: int,
+) -> list[Rate]:
+    """The rates of `sessions`, graphs with a cache by name, in turn; one round more comes first.
+
+    The tokens are random: how long a step takes does not depend on them.
+    """
+    sizes = [o.shape[-1] for s in sessions.values() for o in s.get_outputs() if o.name == "logits"]
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, min(map(int, sizes)), (batch, prompt + new_tokens))
+    prefill: dict[str, list[float]] = {name: [] for name in sessions}
+    decode: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(rounds + 1):
-        decoders = [Decoder(session, batch, prompt + new_tokens) for session in sessions]
-        for at, decoder in enumerate(decoders):
+        decoders = {
+            name: Decoder(session, batch, prompt + new_tokens) for name, session in sessions.items()
+        }
+        for name, decoder in decoders.items():
             start = time.perf_counter()
             decoder.step(ids[:, :prompt])
-            prefill[at].append(time.perf_counter() - start)
-        for at, decoder in enumerate(decoders):
+            prefill[name].append(time.perf_counter() - start)
+        for name, decoder in decoders.items():
             start = time.perf_counter()
             for step in range(prompt, prompt + new_tokens):
                 decoder.step(ids[:, step : step + 1])
-            decode[at].append(time.perf_counter() - start)
+            decode[name].append(time.perf_counter() - start)
     return [
         Rate(
-            str(folder),
-            batch * prompt / statistics.median(prefill[at][1:]),
-            batch * new_tokens / statistics.median(decode[at][1:]),
+            name,
+            batch * prompt / statistics.median(prefill[name][1:]),
+            batch * new_tokens / statistics.median(decode[name][1:]),
         )
-        for at, folder in enumerate(folders)
+        for name in sessions
     ]
-
-
-def _vocabulary(sessions: Sequence[ort.InferenceSession]) -> int:
-    sizes = [o.shape[-1] for s in sessions for o in s.get_outputs() if o.name == "logits"]
-    return min(int(size) for size in sizes)

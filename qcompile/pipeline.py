@@ -129,10 +129,10 @@ def _compile(
 
     # Calibration and plans are of the graph without a cache: the same sites, the same weights.
     cached = (KvCache(),) if config.cache else ()
-    reference = model.ir.clone()
-    run(reference, [*cached, *target.lower(PrecisionPlan())])
-    reference_path = work / "float.onnx"
-    ir.save(reference, reference_path)
+    reference_path = _lowered_float(model, target, (), work / "float.onnx")
+    float_path = (
+        _lowered_float(model, target, cached, work / "cached.onnx") if cached else reference_path
+    )
 
     graph, decision = model.ir.clone(), None
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
@@ -180,7 +180,7 @@ def _compile(
     with phases.phase("verify") as step:
         findings = verify(
             traced_path,
-            reference_path,
+            float_path,
             path,
             plan,
             target,
@@ -204,6 +204,16 @@ def _compile(
     )  # fmt: skip
     artifact.complete(folder, model, target, report, plan, config, data.held_back[0], traced_path)
     return report
+
+
+def _lowered_float(
+    model: TracedModel, target: Target, cached: Sequence[ir.passes.PassBase], path: Path
+) -> Path:
+    """The float graph as `target` runs it, written to `path` beside the weights."""
+    graph = model.ir.clone()
+    run(graph, [*cached, *target.lower(PrecisionPlan())])
+    ir.save(graph, path)
+    return path
 
 
 def _apply(

@@ -20,7 +20,6 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qcompile.cache import fed
 from qcompile.costs import CostTable
 from qcompile.errors import ConfigError
 from qcompile.linears import find_linears, is_constant
@@ -149,7 +148,8 @@ class Prober:
         if self.missing(keys):
             session = open_session(path, spinning=False)
             for key, (_, feed) in zip(keys, feeds, strict=True):
-                self._time({key: partial(session.run, None, fed(session, feed))})
+                wanted = {i.name: feed[i.name] for i in session.get_inputs()}
+                self._time({key: partial(session.run, None, wanted)})
         return [self.table.seconds[key] for key in keys]
 
     def _measure_conversions(self, rows: int, depth: int, keys: Mapping[Label, str]) -> None:
