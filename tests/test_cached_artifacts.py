@@ -86,21 +86,26 @@ def test_bench_compares(
     )
 
 
-def test_onnxruntime_genai_generates_the_same(compile_cached: Cached, expected: list[int]) -> None:
+def test_onnxruntime_genai_generates_the_same(
+    compile_cached: Cached, tokenizer: Any, expected: list[int]
+) -> None:
+    """It pads on the right, and stops before the token that ends a text."""
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    folder = compile_cached("fp32").path
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(PROMPT)["input_ids"]
-    model = genai.Model(str(folder))
-    options = genai.GeneratorParams(model)
-    options.set_search_options(max_length=len(ids) + len(expected))
-    generator = genai.Generator(model, options)
-    generator.append_tokens(np.array([ids], np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    found = generator.get_sequence(0).tolist()[len(ids) :]
-    assert found == expected[: len(found)]
-    assert len(found) == len(expected) or tokenizer.eos_token_id == found[-1]
+    model = genai.Model(str(compile_cached("fp32").path))
+    prompts = [tokenizer(text)["input_ids"] for text in (PROMPT, "def f(x):\n    return")]
+    longest, end = max(map(len, prompts)), tokenizer.eos_token_id
+    ids = np.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts], np.int32)
+    for batch in (ids[:1, : len(prompts[0])], ids):
+        options = genai.GeneratorParams(model)
+        length = batch.shape[1] + len(expected)
+        options.set_search_options(max_length=length, batch_size=len(batch))
+        generator = genai.Generator(model, options)
+        generator.append_tokens(batch)
+        while not generator.is_done():
+            generator.generate_next_token()
+        found = generator.get_sequence(0).tolist()[batch.shape[1] :]
+        ended = expected.index(end) if end in expected else len(expected)
+        assert found[:ended] == expected[:ended]
 
 
 def test_unequal_prompts_give_the_same_text_together(
