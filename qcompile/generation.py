@@ -62,7 +62,8 @@ class Decoder:
         """Logits [batch, sequence, vocabulary] of the tokens `ids` that follow what is cached.
 
         Args:
-            ids: [batch, sequence].
+            ids: [batch, sequence]; on top of a cache, the op takes several tokens in a batch of
+                one only.
             mask: zero for padding, [batch, sequence]; default no padding.
         """
         mask = np.ones_like(ids) if mask is None else mask
@@ -70,9 +71,9 @@ class Decoder:
         assert self.length <= self._capacity
         positions = np.maximum(np.cumsum(self._mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
         given = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
-        for name, value in given.items():
-            if name in self._inputs:
-                self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        bound = {n: np.ascontiguousarray(v) for n, v in given.items() if n in self._inputs}
+        for name, value in bound.items():
+            self._binding.bind_cpu_input(name, value)
         self._binding.bind_output(_LOGITS, "cpu")  # anew: its size changes
         self._session.run_with_iobinding(self._binding)
         logits: Logits = self._binding.get_outputs()[0].numpy()
