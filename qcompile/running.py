@@ -66,13 +66,15 @@ def run_prompt(
             f"{folder} has no cache to generate with", hint="compile the model with --cache"
         )
     tokenizer = load_tokenizer(folder)
-    ids = _tokens(tokenizer, prompt)
+    ids = prompt_tokens(tokenizer, prompt)
+    if not ids:
+        raise ConfigError("the prompt has no tokens")
     most = record.get("max_length")
     if most is not None and len(ids) >= most:
         raise ConfigError(f"the prompt has {len(ids)} tokens, and the model {most} positions")
     if most is not None:
         new_tokens = min(new_tokens, most - len(ids))
-    stream, ends = _Stream(tokenizer, write), set(end_tokens(folder))
+    stream, ends = Stream(tokenizer, write), set(end_tokens(folder))
     tokens = generate(session, [ids], new_tokens, temperature=temperature, seed=seed)
     seconds = []
     while True:
@@ -106,7 +108,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"the tokenizer of {folder} cannot be read: {lines[0]}") from error
 
 
-def _tokens(tokenizer: Any, prompt: str) -> list[int]:
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of `prompt`, put into the chat template where there is one."""
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -117,7 +120,7 @@ def _tokens(tokenizer: Any, prompt: str) -> list[int]:
 
 
 @dataclasses.dataclass
-class _Stream:
+class Stream:
     """Tokens in, text out as soon as its characters are whole."""
 
     tokenizer: Any

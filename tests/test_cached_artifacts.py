@@ -17,6 +17,7 @@ import qcompile
 from qcompile.errors import ConfigError
 from qcompile.generation import Decoder, generate
 from qcompile.metrics import Accuracy
+from qcompile.running import Stream, prompt_tokens
 from qcompile.session import run_outputs
 from tests.cli_runner import RunCli
 
@@ -68,6 +69,32 @@ def test_run_says_what_is_wrong(
     bare = tmp_path / "bare"
     shutil.copytree(cached, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     assert "has no tokenizer" in run_cli("run", bare, PROMPT).error
+
+
+def test_a_prompt_goes_into_the_chat_template(tiny_opt: Path) -> None:
+    load: Any = transformers.AutoTokenizer.from_pretrained
+    tokenizer = load(tiny_opt)
+    plain = tokenizer("def")["input_ids"]
+    assert prompt_tokens(tokenizer, "def") == plain
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    # A template writes the special tokens itself.
+    asked = tokenizer("user: def", add_special_tokens=False)["input_ids"]
+    assert prompt_tokens(tokenizer, "def") == asked != plain
+
+
+def test_text_is_streamed_by_whole_characters() -> None:
+    class Bytes:
+        def decode(self, tokens: list[int], **_: object) -> str:
+            return bytes(tokens).decode("utf-8", errors="replace")
+
+    pieces: list[str] = []
+    stream = Stream(Bytes(), pieces.append)
+    for byte in "é\n€ a".encode():
+        stream.put(byte)
+    assert [piece for piece in pieces if piece] == ["é", "\n", "€", " ", "a"]
+    stream.put("é".encode()[0])
+    stream.finish()
+    assert "".join(pieces) == "é\n€ a\ufffd"
 
 
 def test_bench_compares(
