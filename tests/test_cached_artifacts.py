@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 import transformers
+from qcompile.targets.ort_cpu import OrtCpu
 
 import qcompile
+from qcompile.artifact import read_sample
 from qcompile.errors import ConfigError
 from qcompile.generation import Decoder, generate
 from qcompile.metrics import Accuracy
 from qcompile.running import Stream, prompt_tokens
 from qcompile.session import run_outputs
+from qcompile.stepping import check_steps
 from tests.cli_runner import RunCli
 
 PROMPT = "import "
@@ -165,6 +169,25 @@ def test_int8_with_a_cache_is_as_close_to_float_as_without(
         accuracy.add(feed, reference, logits)
         divergences.append(accuracy.result()["kl"])
     assert divergences[1] == pytest.approx(divergences[0], rel=1e-6)
+
+
+def test_a_cache_that_changes_the_logits_is_found(
+    compile_cached: Cached, float_tiny: qcompile.Artifact, tmp_path: Path
+) -> None:
+    traced, sound = (a.path / "model.onnx" for a in (float_tiny, compile_cached("fp32")))
+    feed = read_sample(float_tiny.path)[0]
+
+    def check(path: Path) -> list[str]:
+        return check_steps(traced, path, path, OrtCpu(), "text-generation", feed)[1]
+
+    assert check(sound) == []
+    model = ir.load(sound)
+    for node in model.graph:
+        if node.op_type == "GroupQueryAttention":
+            node.attributes.add(ir.AttrInt64("local_window_size", 8))
+    ir.save(model, tmp_path / "broken.onnx", external_data="broken.data")
+    (problem,) = check(tmp_path / "broken.onnx")
+    assert "with the cache, the float model's logits differ" in problem
 
 
 def test_the_report_and_the_record_tell_of_the_cache(compile_cached: Cached) -> None:
