@@ -123,16 +123,16 @@ def _compile(
         run(model.ir, [pass_() for pass_ in CANONICALIZE])
         model.ir = spill(model.ir, work, "canonical")
 
-    with phases.phase("data") as step:
-        data = _calibration_data(calibration, model, config, scheme, work, step)
-        timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
-
     # Calibration and plans are of the graph without a cache: the same sites, the same weights.
     cached = (KvCache(),) if config.cache else ()
     reference_path = _lowered_float(model, target, (), work / "float.onnx")
     float_path = (
         _lowered_float(model, target, cached, work / "cached.onnx") if cached else reference_path
     )
+
+    with phases.phase("data") as step:
+        data = _calibration_data(calibration, model, config, scheme, work, step)
+        timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
     graph, decision = model.ir.clone(), None
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
