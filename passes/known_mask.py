@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+from qcompile.passes.matching import is_op, scalar_of
 
 from qcompile.linears import is_constant
 
 _SHAPES: Final = ((2, 4), (1, 3), (3, 5), (2, 1))
+_WIDEST: Final = 8192
+"""Of a sliding window: a mask that is tried out beyond it has as many rows and columns."""
 _MASKED: Final = -1e4
 """A float mask adds no more than this to what it masks."""
 
@@ -26,38 +29,48 @@ class MaskMeaning:
     Attributes:
         causal: only keys that do not come after the query.
         padding: the graph input [batch, sequence] whose zeros mask keys, or None.
+        window: only so many keys, those of the query itself and of the tokens just before it;
+            None: all.
     """
 
     causal: bool
     padding: ir.Value | None
+    window: int | None = None
 
 
 def meaning_of(model: ir.Model, mask: ir.Value) -> MaskMeaning | None:
-    """What `mask` keeps, where that is causality, padding or both; else None.
+    """What `mask` keeps, where that is causality, perhaps in a window, padding or both; else None.
 
     The part of the graph that computes it runs on small inputs: every pattern of padding of up to
-    five tokens, in batches of several. A mask that equals its meaning on all of them is taken for
-    it; that the compiled model agrees with the traced one, under padding too, is verified at the
-    end of every compilation.
+    five tokens, in batches of several. The width of a window is a number that stands in that part,
+    so one longer input is tried for each number there. A mask that equals its meaning on all of
+    them is taken for it; that the compiled model agrees with the traced one, under padding too, is
+    verified at the end of every compilation.
     """
     sources = _sources(mask)
-    if sources is None or any(not _is_tokens(value) for value in sources):
+    if sources is None or any(not _is_tokens(value) for value in sources[0]):
         return None
     session = _session(model, mask)
     if session is None:
         return None
-    candidates: list[ir.Value | None] = [*sources, None]
-    for padding, causal in itertools.product(candidates, (True, False)):
+    inputs, numbers = sources
+    for padding, causal in itertools.product([*inputs, None], (True, False)):
         if padding is None and not causal:
             continue
-        if all(_agrees(session, feed, mask, padding, causal) for feed in _feeds(session, padding)):
-            return MaskMeaning(causal, padding)
+        for window in (None, *numbers) if causal else (None,):
+            meaning = MaskMeaning(causal, padding, window)
+            if all(_agrees(session, f, mask, meaning) for f in _feeds(session, padding, numbers)):
+                return meaning
     return None
 
 
-def _sources(mask: ir.Value) -> list[ir.Value] | None:
-    """The graph inputs that `mask` follows from; None where it follows from a weight as well."""
+def _sources(mask: ir.Value) -> tuple[list[ir.Value], list[int]] | None:
+    """The graph inputs that `mask` follows from, and the numbers that may be a window's width.
+
+    None where it follows from a weight as well.
+    """
     found: dict[ir.Value, None] = {}
+    numbers: set[int] = set()
     seen: set[ir.Value] = set()
     pending = [mask]
     while pending:
@@ -69,14 +82,18 @@ def _sources(mask: ir.Value) -> list[ir.Value] | None:
             found[value] = None
             continue
         node = value.producer()
-        if node is None:
-            if not is_constant(value):
+        if node is None or is_op(node, "Constant"):
+            if node is None and not is_constant(value):
                 return None
+            number = scalar_of(value)
+            if number is not None and number.is_integer() and 1 <= abs(number) < _WIDEST:
+                # Of `i - j < w` and of `i - j <= w - 1`.
+                numbers |= {abs(int(number)), abs(int(number)) + 1}
             continue
         if any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
             return None
         pending.extend(v for v in node.inputs if v is not None)
-    return list(found)
+    return list(found), sorted(numbers)
 
 
 def _is_tokens(value: ir.Value) -> bool:
@@ -102,34 +119,39 @@ def _session(model: ir.Model, mask: ir.Value) -> ort.InferenceSession | None:
         return None
 
 
-def _feeds(session: ort.InferenceSession, padding: ir.Value | None) -> Iterator[dict[str, Any]]:
+def _feeds(
+    session: ort.InferenceSession, padding: ir.Value | None, numbers: Sequence[int]
+) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(0)
+
+    def feed(kept: Any) -> dict[str, Any]:
+        # What is not the padding says nothing, whatever it holds.
+        return {
+            i.name: kept
+            if padding is not None and i.name == padding.name
+            else rng.integers(0, 2, kept.shape)
+            for i in session.get_inputs()
+        }
+
     for batch, length in _SHAPES:
         patterns = np.array(list(itertools.product((0, 1), repeat=length)), np.int64)
         for at in range(0, len(patterns), batch):
-            kept = np.resize(patterns[at : at + batch], (batch, length))
-            # What is not the padding says nothing, whatever it holds.
-            yield {
-                i.name: kept
-                if padding is not None and i.name == padding.name
-                else rng.integers(0, 2, (batch, length))
-                for i in session.get_inputs()
-            }
+            yield feed(np.resize(patterns[at : at + batch], (batch, length)))
+    for number in numbers:
+        yield feed(rng.integers(0, 2, (1, number + 3)))
 
 
 def _agrees(
-    session: ort.InferenceSession,
-    feed: dict[str, Any],
-    mask: ir.Value,
-    padding: ir.Value | None,
-    causal: bool,
+    session: ort.InferenceSession, feed: dict[str, Any], mask: ir.Value, meaning: MaskMeaning
 ) -> bool:
     batch, length = next(iter(feed.values())).shape
     keep = np.ones((batch, 1, length, length), bool)
-    if causal:
+    if meaning.causal:
         keep &= np.tril(np.ones((length, length), bool))
-    if padding is not None:
-        keep &= feed[str(padding.name)].astype(bool)[:, None, None, :]
+    if meaning.window is not None:
+        keep &= np.triu(np.ones((length, length), bool), 1 - meaning.window)
+    if meaning.padding is not None:
+        keep &= feed[str(meaning.padding.name)].astype(bool)[:, None, None, :]
     try:
         found = session.run(None, feed)[0]
     except Exception:  # onnxruntime raises its own, unexported types

@@ -28,7 +28,8 @@ class MultiHead(ir.passes.InPlacePass):
        mask. Padding is harmless under causality where it comes after the tokens: a token sees
        nothing that comes later, and what rows of padding compute is nobody's. Without causality
        it is where there is none. The condition and the bias are computed once for all layers.
-    3. any other mask -> as `attention_bias`, in the memory-efficient kernel
+    3. any other mask, that of a sliding window too -> as `attention_bias`, in the memory-efficient
+       kernel
 
     Keys and values of fewer heads than the queries are repeated first. Left as it is: attention
     with a cache, with softcap, with more than one output, or in the 4-D form.
@@ -84,10 +85,10 @@ def _lower(
     attributes = {"num_heads": heads, "scale": scale}
     causal = bool(node.attributes.get_int("is_causal", 0))
     meaning = known.get(mask) if mask is not None else MaskMeaning(causal, None)
-    if mask is None or (meaning is not None and meaning.padding is None):
+    if mask is None or (meaning is not None and {meaning.padding, meaning.window} == {None}):
         one_way = causal or (meaning is not None and meaning.causal)
         result = _attend(before, [q, k, v], attributes | {"unidirectional": int(one_way)})
-    elif meaning is None or (causal and not meaning.causal):
+    elif meaning is None or meaning.window is not None or (causal and not meaning.causal):
         if mask not in biases:
             biases[mask] = _bias_of(graph, before, mask)
         bias = [q, k, v, None, None, biases[mask]]

@@ -17,6 +17,8 @@ import onnxruntime as ort
 
 from qcompile.config import CompileConfig
 from qcompile.errors import ModelError
+from qcompile.genai import CONFIG as GENAI
+from qcompile.genai import genai_config
 from qcompile.metrics import Accuracy
 from qcompile.precision import PrecisionPlan
 from qcompile.report import Report
@@ -83,6 +85,9 @@ def complete(
     for asset in model.assets:
         if not (folder / asset.name).exists():
             shutil.copyfile(asset, folder / asset.name)
+    if config.cache:
+        settings = genai_config(ir.load(folder / GRAPH).graph, folder, model.max_length)
+        (folder / GENAI).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     _write_sample(folder, model.kind, feed, reference, target.runtime())
     report.bytes_float = _weight_bytes(model.ir)
     report.bytes = sum(p.stat().st_size for p in folder.glob(f"{GRAPH}*"))
@@ -94,6 +99,7 @@ def complete(
         "probed": target.probe(),
         "scheme": report.scheme,
         "kind": model.kind,
+        "max_length": model.max_length,
         "config": config.model_dump(mode="json"),
         "session_options": {},
         "library": target.carried(folder),

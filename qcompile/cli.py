@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -115,6 +116,11 @@ def cli() -> None:
     "[default: 1x128, and 1x1 for what generates]",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model folder.")
+@click.option(
+    "--cache/--no-cache",
+    default=False,
+    help="A language model keeps keys and values: for `qcompile run`.  [default: no cache]",
+)
 @click.option(
     "--strict/--no-strict",
     default=True,
@@ -231,6 +237,68 @@ def check_command(folder: Path, as_json: bool, trust_library: bool) -> None:
     click.echo(f"{folder}: sound on this machine")
     for name, value in findings.items():
         click.echo(f"  {name}: {value}")
+
+
+@cli.command("run", short_help="Generate text with an artifact.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0.0),
+    default=0.0,
+    show_default=True,
+    help="0: always the likeliest token.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
+def run_command(
+    folder: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int
+) -> None:
+    """Continue PROMPT with the artifact FOLDER, or answer it where there is a chat template.
+
+    The text goes to stdout as it comes, tokens per second to stderr.
+    """
+    from qcompile.running import run_prompt
+
+    rates = run_prompt(
+        folder,
+        prompt,
+        lambda text: click.echo(text, nl=False),
+        new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    click.echo()
+    click.echo(str(rates), err=True)
+
+
+@cli.command("bench", short_help="Compare how fast artifacts generate.")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def bench_command(
+    folders: tuple[Path, ...],
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """Time prefill and decoding of the artifacts FOLDERS, in turn in one process.
+
+    The tokens per second of one run are worth little; the ratios to the first artifact are.
+    """
+    from qcompile.benching import bench
+    from qcompile.summary import rates_table
+
+    rates = bench(folders, batch=batch, prompt=prompt_tokens, new_tokens=new_tokens, rounds=rounds)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(rate) for rate in rates], indent=1))
+    else:
+        _stdout().print(rates_table(rates))
 
 
 def main() -> None:

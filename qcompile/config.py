@@ -146,6 +146,8 @@ class CompileConfig(_Frozen):
         trust_remote_code: let Transformers run Python code that a model folder carries.
         shapes: (batch, sequence) pairs to plan for and to measure speed at; none: 1x128 of tokens
             (and 1x1 for what generates), else the first held-back sample's.
+        cache: a causal language model keeps its keys and values, so that it generates; without,
+            its graph gives the logits of every position at once.
         strict: a verification that does not hold is an error, not only a line in the report.
 
     Raises:
@@ -170,6 +172,7 @@ class CompileConfig(_Frozen):
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
     trust_remote_code: bool = False
     shapes: tuple[Shape, ...] = ()
+    cache: bool = False
     strict: bool = True
 
     @pydantic.field_validator("recipe", mode="before")

@@ -46,6 +46,8 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             f"target {target.name} has no scheme {scheme.name}",
             hint="one of " + ", ".join(target.schemes),
         )
+    if config.cache and not target.caches:
+        raise ConfigError(f"target {target.name} has no attention with a cache")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
     if scheme.quantizes and not scheme.modes and not config.recipe.names("w8a8"):
@@ -72,11 +74,17 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
 
 
 def check_limits(config: CompileConfig, model: TracedModel) -> None:
-    """Refuse a limit that means nothing for `model`.
+    """Refuse what means nothing for `model`.
 
     Raises:
-        ConfigError: a limit on KL where the outputs are no logits.
+        ConfigError: a cache where nothing is generated, a limit on KL where the outputs are no
+            logits.
     """
+    if config.cache and model.kind != "text-generation":
+        raise ConfigError(
+            f"a cache is for a causal language model, and this one does {model.task}",
+            hint="leave --cache out",
+        )
     if config.max_kl is not None and model.kind not in ("text-generation", "text-classification"):
         raise ConfigError(
             f"max_kl is a limit on logits, and the outputs of a {model.task} model are none",
@@ -102,7 +110,7 @@ def broken_limits(
         assert config.min_speedup is not None
         if speed.ratio < config.min_speedup:
             problems.append(
-                f"{speed.ratio:.2f} times float's speed at {speed.batch}×{speed.sequence}, "
+                f"{speed.ratio:.2f} times float's speed at {speed.shape}, "
                 f"below min_speedup {config.min_speedup:g}"
             )
     if config.max_size is not None:

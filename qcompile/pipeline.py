@@ -31,18 +31,19 @@ from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_rms_norm import FuseRmsNorm
+from qcompile.passes.kv_cache import KvCache
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
 from qcompile.planfile import PLAN, PlanFile
 from qcompile.planning import float_plan, plan_precision
-from qcompile.precision import Choice, PrecisionPlan
+from qcompile.precision import Choice, Floats, PrecisionPlan
 from qcompile.progress import Phases, Step
 from qcompile.report import Report
 from qcompile.reporting import make_report, site_rows
 from qcompile.schemes import Scheme, get_scheme
 from qcompile.session import open_session
-from qcompile.shapes import check_shapes, default_shapes, timing_feeds
+from qcompile.shapes import check_shapes, default_shapes, prompt_length, timing_feeds
 from qcompile.smoothing import SmoothingPlan, plan_smoothing
 from qcompile.spill import release, spill
 from qcompile.staging import staged
@@ -122,22 +123,18 @@ def _compile(
         run(model.ir, [pass_() for pass_ in CANONICALIZE])
         model.ir = spill(model.ir, work, "canonical")
 
+    cached = (KvCache(),) if config.cache else ()
+    lowered = partial(_lowered_float, model, target)
+    baseline_path = float_path = lowered(cached, "float32", work / "float.onnx")
+    if scheme.quantizes and target.floats != "float32":
+        # The same in the type of what is not quantised: this a quantised model has to beat.
+        baseline_path = lowered(cached, target.floats, work / "baseline.onnx")
+    # Calibration and plans are of the graph without a cache: the same sites, the same weights.
+    planned_path = lowered((), target.floats, work / "planned.onnx") if cached else baseline_path
+
     with phases.phase("data") as step:
         data = _calibration_data(calibration, model, config, scheme, work, step)
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
-
-    reference = model.ir.clone()
-    run(reference, target.lower(PrecisionPlan()))
-    reference_path = work / "float.onnx"
-    ir.save(reference, reference_path)
-    baseline_path = reference_path
-    if scheme.quantizes and target.floats != "float32":
-        # The same in the type of what is not quantised: this a quantised model has to beat.
-        reference = model.ir.clone()
-        run(reference, target.lower(PrecisionPlan(floats=target.floats)))
-        baseline_path = work / "baseline.onnx"
-        ir.save(reference, baseline_path, external_data="baseline.onnx.data")
-    del reference
 
     graph, decision = model.ir.clone(), None
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
@@ -161,7 +158,7 @@ def _compile(
         if replayed is None and config.objective != "scheme" and measurable:
             with phases.phase("plan") as step:
                 measured = measure(
-                    model, baseline_path, options, stats, data, timed, config, target, work, step
+                    model, planned_path, options, stats, data, timed, config, target, work, step
                 )
                 decision = decide(measured, config)
                 chosen = decision.chosen
@@ -181,13 +178,13 @@ def _compile(
     run(graph, [Quantize(plan)])
 
     with phases.phase("lower"):
-        run(graph, target.lower(plan))
+        run(graph, [*cached, *target.lower(plan)])
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:
         findings = verify(
             traced_path,
-            reference_path,
+            float_path,
             path,
             plan,
             target,
@@ -195,6 +192,7 @@ def _compile(
             data.held_back,
             timed,
             baseline_path=baseline_path,
+            past=prompt_length(model) if config.cache else None,
             progress=step,
         )
         here = decision is None or not decision.foreign(target)
@@ -211,6 +209,20 @@ def _compile(
     )  # fmt: skip
     artifact.complete(folder, model, target, report, plan, config, data.held_back[0], traced_path)
     return report
+
+
+def _lowered_float(
+    model: TracedModel,
+    target: Target,
+    cached: Sequence[ir.passes.PassBase],
+    floats: Floats,
+    path: Path,
+) -> Path:
+    """The float graph as `target` runs it, written to `path` beside the weights."""
+    graph = model.ir.clone()
+    run(graph, [*cached, *target.lower(PrecisionPlan(floats=floats))])
+    ir.save(graph, path, external_data=f"{path.name}.data" if floats != "float32" else None)
+    return path
 
 
 def _apply(

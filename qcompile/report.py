@@ -148,8 +148,16 @@ class Speed(_Model):
 
     batch: int
     sequence: int
+    past: int = 0
+    """Tokens in the cache."""
     ratio: float
     rounds: int
+
+    @property
+    def shape(self) -> str:
+        """In words."""
+        behind = f" after {self.past}" if self.past else ""
+        return f"{self.batch}×{self.sequence}{behind}"
 
 
 class Report(_Model):
@@ -167,6 +175,8 @@ class Report(_Model):
     bytes_float: int = 0
     bytes: int = 0
     accuracy: dict[str, float] = {}
+    decoded: dict[str, float] = {}
+    """The same of a few tokens with a cache: half of them as a prompt, the others one at a time."""
     speed: list[Speed] = []
     floats: Floats = "float32"
     kernels: dict[str, int] = {}

@@ -46,7 +46,7 @@ def make_report(
     if unplanned and target.unmeasured and decision is None:
         warnings.append(target.unmeasured)
     warnings += [
-        f"at {speed.batch}×{speed.sequence} the compiled model is slower than float on this "
+        f"at {speed.shape} the compiled model is slower than float on this "
         f"machine ({speed.ratio:.2f} of its speed)"
         for speed in findings.speed
         if scheme.quantizes and speed.ratio < 0.95
@@ -78,6 +78,7 @@ def make_report(
             if entry.reason.startswith("refused")
         ],
         accuracy=findings.accuracy,
+        decoded=findings.decoded,
         speed=findings.speed,
         kernels=findings.kernels.counts,
         sites=sites,

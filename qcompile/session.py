@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime as ort
 
+from qcompile.cache import fed, is_present
 from qcompile.errors import ModelError, VerificationError
 
 _MEASURED = ("logits", "last_hidden_state")
@@ -97,17 +98,19 @@ def open_session(
 def run_outputs(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The floating-point outputs on `feed` by name, the one that accuracy is measured on first.
 
-    Names in `feed` that the session does not take are left out.
+    Names in `feed` that the session does not take are left out. A cache that is not in it is
+    empty, and what goes back into one is no output here.
 
     Raises:
         VerificationError: an input is missing, or the graph fails on this one.
     """
-    missing = [i.name for i in session.get_inputs() if i.name not in feed]
+    wanted = fed(session, feed)
+    missing = [i.name for i in session.get_inputs() if i.name not in wanted]
     if missing:
         raise VerificationError(f"the graph wants an input {missing[0]!r} that the data lacks")
-    wanted = {i.name: feed[i.name] for i in session.get_inputs()}
-    names = [o.name for o in session.get_outputs() if "float" in o.type or "double" in o.type]
-    names = names or [o.name for o in session.get_outputs()]
+    outputs = [o for o in session.get_outputs() if not is_present(o.name)]
+    names = [o.name for o in outputs if "float" in o.type or "double" in o.type]
+    names = names or [o.name for o in outputs]
     names.sort(key=lambda name: name not in _MEASURED)
     try:
         return dict(zip(names, session.run(names, wanted), strict=True))

@@ -74,6 +74,11 @@ def default_shapes(model: TracedModel) -> tuple[Shape, ...]:
     return (prompt, (1, 1)) if model.kind == "text-generation" else (prompt,)
 
 
+def prompt_length(model: TracedModel) -> int:
+    """Tokens that come before a decode step that is timed."""
+    return min(_PROMPT, (model.max_length or 1 << 20) - 1)
+
+
 def timing_feeds(shapes: Sequence[Shape], held_back: Batch) -> list[Batch]:
     """One feed a shape: the first held-back sample, repeated and cut, without padding.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from qcompile.artifact import Artifact
+from qcompile.benching import Rate
 from qcompile.precision import LABELS
 from qcompile.report import CandidateRow, Planning, Report
 from qcompile.targets import Target
@@ -40,12 +41,12 @@ def print_summary(artifact: Artifact, console: Console) -> None:
     for name, value in report.accuracy.items():
         label, form = _FIGURES.get(name, (name, "{:.4g}"))
         table.add_row(label, form.format(value))
+    if report.decoded:
+        label, form = _FIGURES["kl"]
+        table.add_row(f"{label}, decoded with the cache", form.format(report.decoded["kl"]))
     for speed in report.speed:
         baseline = "float" if report.floats == "float32" else report.floats
-        table.add_row(
-            f"speed at {speed.batch}×{speed.sequence}",
-            f"{speed.ratio:.2f}× {baseline}, same process",
-        )
+        table.add_row(f"speed at {speed.shape}", f"{speed.ratio:.2f}× {baseline}, same process")
     table.add_row(
         "measured on", f"{report.held_back} held-back samples ({escape(report.calibration)})"
     )
@@ -161,6 +162,23 @@ def targets_table(targets: Mapping[str, type[Target]]) -> Table:
                 row.kernel,
                 row.note,
             )
+    return table
+
+
+def rates_table(rates: Sequence[Rate]) -> Table:
+    """Tokens per second, and how many times the first artifact's."""
+    table = Table()
+    for column in ("artifact", "prefill, tokens/s", "", "decode, tokens/s", ""):
+        table.add_column(column, overflow="fold")
+    first = rates[0]
+    for rate in rates:
+        table.add_row(
+            escape(rate.folder),
+            f"{rate.prefill:.1f}",
+            f"{rate.prefill / first.prefill:.2f}×",
+            f"{rate.decode:.1f}",
+            f"{rate.decode / first.decode:.2f}×",
+        )
     return table
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from qcompile.cache import fed
 from qcompile.session import device_of
 
 
@@ -26,7 +27,8 @@ def speed_ratio(
     The two run in turn, so that a drifting clock meets both alike; absolute times are not kept.
 
     Args:
-        slow, fast: sessions that take `feed` (names they do not know are left out).
+        slow, fast: sessions that take `feed` (names they do not know are left out; a
+            cache that is not in it is empty).
         feed: one input.
         seconds: how long to measure, about.
         min_rounds, max_rounds: bounds on the rounds.
@@ -54,7 +56,7 @@ def runner(session: ort.InferenceSession, feed: Mapping[str, Any]) -> Callable[[
         session: open.
         feed: arrays, or what lies on the device already; names it does not know are left out.
     """
-    wanted = {i.name: feed[i.name] for i in session.get_inputs()}
+    wanted = fed(session, feed)
     device = device_of(session.get_providers()[0])
     return (
         (lambda: session.run(None, wanted)) if device == "cpu" else bound(session, wanted, device)

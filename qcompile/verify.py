@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qcompile.cache import after, fed
 from qcompile.equivalence import float_problems
 from qcompile.kernels import Kernels, expected_kernels, read_back
 from qcompile.metrics import Accuracy, sqnr_db
@@ -18,6 +19,7 @@ from qcompile.precision import PrecisionPlan
 from qcompile.report import Speed
 from qcompile.session import Runtime, divisible, first_sample, open_session, run_outputs
 from qcompile.shapes import shape_of
+from qcompile.stepping import check_steps
 from qcompile.targets.base import Target
 from qcompile.timing import speed_ratio
 from qcompile.traced import Batch, Kind
@@ -37,6 +39,7 @@ class Verification:
     accuracy: dict[str, float]
     speed: list[Speed]
     problems: list[str]
+    decoded: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def verify(
@@ -50,6 +53,7 @@ def verify(
     timed: Sequence[Batch] = (),
     *,
     baseline_path: Path | None = None,
+    past: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Open the graphs, compare kernels with the plan and outputs with each other.
@@ -64,6 +68,8 @@ def verify(
         held_back: feeds that calibration did not see.
         timed: feeds to measure speed on; none: the first held-back sample.
         baseline_path: what speed is measured against; None: `float_path`.
+        past: where the graphs keep keys and values, how many tokens come before a feed of one
+            token that is timed; None: they keep none.
         progress: called with (batches done, batches in all).
 
     Returns:
@@ -89,8 +95,16 @@ def verify(
     # By other means than the target's kernels, times would say nothing about it.
     speed = []
     if target.runs_here:
-        speed = _speeds(baseline_path or float_path, compiled_path, runtime, timed, held_back[0])
-    return Verification(kernels, figures, speed, problems)
+        speed = _speeds(
+            baseline_path or float_path, compiled_path, runtime, timed, held_back[0], past or 0
+        )
+    decoded: dict[str, float] = {}
+    if past is not None:
+        decoded, found = check_steps(
+            traced_path, float_path, compiled_path, target, kind, held_back[0]
+        )
+        problems += found
+    return Verification(kernels, figures, speed, problems, decoded)
 
 
 def compare(
@@ -183,8 +197,7 @@ def _run_exposed(model: ir.Model, names: list[str], feed: Batch, folder: Path) -
     ir.save(clone, path)
     session = open_session(path)
     path.unlink()
-    wanted = {i.name for i in session.get_inputs()}
-    results: list[np.ndarray] = session.run(names, {k: v for k, v in feed.items() if k in wanted})
+    results: list[np.ndarray] = session.run(names, fed(session, feed))
     return results
 
 
@@ -194,13 +207,18 @@ def _speeds(
     runtime: Runtime,
     timed: Sequence[Batch],
     held_back: Batch,
+    past: int,
 ) -> list[Speed]:
     reference, compiled = (
         open_session(path, runtime, spinning=False) for path in (float_path, compiled_path)
     )
     speeds = []
     for feed in timed or [first_sample(reference, held_back)]:
-        ratio, rounds = speed_ratio(reference, compiled, feed)
         batch, sequence = shape_of(feed)
-        speeds.append(Speed(batch=batch, sequence=sequence, ratio=ratio, rounds=rounds))
+        before = past if sequence == 1 else 0
+        given = after(reference, feed, before) if before else feed
+        ratio, rounds = speed_ratio(reference, compiled, given)
+        speeds.append(
+            Speed(batch=batch, sequence=sequence, past=before, ratio=ratio, rounds=rounds)
+        )
     return speeds

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import InlinePass
 from qcompile.passes.integer_matmul import CONTRIB, KERNEL, IntegerMatMul
+from qcompile.passes.skip_norm import SkipNorm
 from qcompile.passes.weight_only import KERNEL as NBITS
 from qcompile.passes.weight_only import WeightOnlyMatMul
 from qcompile.targets.base import Capability, Target
@@ -37,6 +38,7 @@ class OrtCpu(Target):
     name = "ort-cpu"
     summary = "ONNX Runtime, CPU provider"
     variants = ("avx2", "vnni", "arm64")
+    caches = True
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
         Capability(
@@ -116,7 +118,8 @@ class OrtCpu(Target):
     def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
         # Blocks that the source came with stay as they are: nobody chose int8 activations for them.
         planned = any(op.precision in BITS for op in plan.quantized)
-        return (IntegerMatMul(), *((WeightOnlyMatMul(),) if planned else ()), InlinePass())
+        weights = (WeightOnlyMatMul(),) if planned else ()
+        return (IntegerMatMul(), *weights, SkipNorm(), InlinePass())
 
     def capability(self, op: str, label: Label) -> Capability | None:
         # The table is what ONNX Runtime documents; a reduced build may lack the kernel.

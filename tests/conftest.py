@@ -116,6 +116,29 @@ def tiny_onnx(float_tiny: qcompile.Artifact) -> Path:
     return float_tiny.path / "model.onnx"
 
 
+@pytest.fixture(scope="session")
+def compile_cached(
+    tiny_opt: Path,
+    tiny_onnx: Path,
+    small: qcompile.CompileConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], qcompile.Artifact]:
+    """Compiles tiny-opt with a cache by the scheme given, once a session. Not to be changed."""
+
+    @functools.cache
+    def compile_(scheme: str) -> qcompile.Artifact:
+        return qcompile.compile(
+            tiny_onnx,
+            target="ort-cpu:avx2",
+            scheme=scheme,
+            calibration=tiny_opt / "calibration.txt",
+            config=small.model_copy(update={"cache": True}),
+            output=tmp_path_factory.mktemp("cached") / f"tiny-{scheme}",
+        )
+
+    return compile_
+
+
 @pytest.fixture
 def artifact_copy(compiled_tiny: qcompile.Artifact, tmp_path: Path) -> Path:
     """A copy of the compiled model, to be damaged."""

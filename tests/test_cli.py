@@ -18,7 +18,8 @@ from tests.cli_runner import Outcome, RunCli
 
 KEYS = {
     "path", "model", "task", "target", "scheme", "calibration", "samples", "held_back", "warnings",
-    "refusals", "bytes_float", "bytes", "accuracy", "speed", "seconds", "ops_by_precision",
+    "refusals", "bytes_float", "bytes", "accuracy", "decoded", "speed", "seconds",
+    "ops_by_precision",
 }  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def test_check(run_cli: RunCli, compiled_tiny: qcompile.Artifact, artifact_copy:
     assert "config.json is missing or changed" in run_cli("check", artifact_copy).error
 
 
-@pytest.mark.parametrize("command", ["inspect", "check"])
+@pytest.mark.parametrize("command", ["inspect", "check", "bench"])
 def test_a_folder_that_is_no_artifact(run_cli: RunCli, tmp_path: Path, command: str) -> None:
     assert "is not a qcompile artifact" in run_cli(command, tmp_path).error
     assert "is not a qcompile artifact" in run_cli(command, tmp_path / "absent").error

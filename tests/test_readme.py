@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,24 @@ def test_the_setup_installs_what_the_tests_need_and_compiles_the_example() -> No
 
 def test_the_commands(
     compiled_tiny: qcompile.Artifact,
+    compile_cached: Callable[[str], qcompile.Artifact],
     run_cli: RunCli,
 ) -> None:
     shown = [line for block in blocks(README, "bash")[3:] for line in block.splitlines()]
-    assert len(shown) == 4
+    assert len(shown) == 7
+    at = {
+        "tiny-opt-ort-cpu-w8a8": compiled_tiny.path,
+        "tiny-opt-cached": compile_cached("w8a8").path,
+        "tiny-opt-cached-fp32": compile_cached("fp32").path,
+    }
     for line in shown:
         words = shlex.split(line, comments=True)[1:]
-        at = str(compiled_tiny.path)
-        outcome = run_cli(*(at if word == "tiny-opt-ort-cpu-w8a8" else word for word in words))
+        if words[0] == "examples/tiny-opt":
+            # Compiling takes long; the same is done for the folders above.
+            context = cli.commands["compile"].make_context("compile", words)
+            assert context.params["cache"] and str(context.params["output"]) in at
+            continue
+        outcome = run_cli(*(at.get(word, word) for word in words))
         assert outcome.status == 0, line
 
 

@@ -106,6 +106,31 @@ def test_an_unknown_mask_becomes_a_bias() -> None:
     assert "If" not in ops(model) and ops(model)[-1] == "com.microsoft.MultiHeadAttention"
 
 
+def in_a_window(width: int) -> str:
+    """A token sees as many tokens, itself included; written as exporters write it."""
+    return f"""{CAUSAL} width = Constant <value_int = {width}> ()
+        edge = Sub (r, width) inside = Greater (c, edge) keep = And (causal, inside)"""
+
+
+@pytest.mark.parametrize("width", [2, 7, 40])
+def test_a_window_is_known_beyond_its_width(width: int) -> None:
+    model = model_of(in_a_window(width))
+    keep = ir.convenience.create_value_mapping(model.graph)["keep"]
+    assert meaning_of(model, keep) == MaskMeaning(True, None, window=width)
+    off_by_one = in_a_window(width).replace("Greater (", "GreaterOrEqual (")
+    model = model_of(off_by_one)
+    keep = ir.convenience.create_value_mapping(model.graph)["keep"]
+    assert meaning_of(model, keep) == MaskMeaning(True, None, window=width + 1)
+
+
+def test_a_window_is_not_taken_for_causality() -> None:
+    before, after = model_of(in_a_window(7)), model_of(in_a_window(7))
+    assert MultiHead()(after).modified
+    feed = feed_of([[1] * 20])
+    wanted, found = run_model(before, feed)["y"], run_model(after, feed)["y"]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_what_is_known_of_masks() -> None:
     def meaning(body: str) -> MaskMeaning | None:
         model = model_of(body)

@@ -1,0 +1,69 @@
+"""The inputs and outputs of a model that keeps its keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime as ort
+
+PAST: Final = "past_key_values.{}.{}"
+PRESENT: Final = "present.{}.{}"
+"""Names by layer and by ``key`` or ``value``: those of optimum and of onnxruntime-genai."""
+
+
+def past_of(name: str) -> str:
+    """The input that takes what the output `name`, one of `PRESENT`, gave in the step before."""
+    return name.replace("present", "past_key_values", 1)
+
+
+def is_past(name: str) -> bool:
+    """Whether `name` is an input of a cache."""
+    return name.startswith("past_key_values.")
+
+
+def is_present(name: str) -> bool:
+    """Whether `name` is an output that goes back into a cache."""
+    return name.startswith("present.")
+
+
+def has_cache(session: ort.InferenceSession) -> bool:
+    """Whether the graph keeps keys and values."""
+    return any(is_past(i.name) for i in session.get_inputs())
+
+
+def fed(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[str, Any]:
+    """What `session` takes of `feed`; a cache that is not in it is empty.
+
+    An input that is neither is left out, for the caller to find.
+    """
+    made = {i.name: feed[i.name] for i in session.get_inputs() if i.name in feed}
+    batch = next((np.shape(value)[0] for value in made.values() if np.ndim(value)), 1)
+    for i in session.get_inputs():
+        if is_past(i.name) and i.name not in feed:
+            made[i.name] = np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32)
+    return made
+
+
+def after(session: ort.InferenceSession, feed: Mapping[str, Any], past: int) -> dict[str, Any]:
+    """`feed`, with a cache of `past` tokens before it, where `session` keeps one.
+
+    Args:
+        session: takes what comes out.
+        feed: token inputs without padding, each [batch, sequence].
+        past: tokens in the cache, which is filled with random numbers.
+    """
+    if not has_cache(session):
+        return dict(feed)
+    made = fed(session, feed)
+    rng = np.random.default_rng(0)
+    for name, value in made.items():
+        if is_past(name):
+            shape = (value.shape[0], value.shape[1], past, value.shape[3])
+            made[name] = rng.standard_normal(shape, np.float32)
+    mask = made["attention_mask"]
+    made["attention_mask"] = np.pad(mask, ((0, 0), (past, 0)), constant_values=1)
+    if "position_ids" in made:
+        made["position_ids"] = made["position_ids"] + past
+    return made

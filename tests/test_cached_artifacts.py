@@ -1,0 +1,221 @@
+"""Artifacts that generate: what the command line, onnxruntime-genai and the report make of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+import transformers
+from qcompile.targets.ort_cpu import OrtCpu
+
+import qcompile
+from qcompile.artifact import read_sample
+from qcompile.errors import ConfigError
+from qcompile.generation import Decoder, generate
+from qcompile.metrics import Accuracy
+from qcompile.running import Stream, prompt_tokens
+from qcompile.session import run_outputs
+from qcompile.stepping import check_steps
+from tests.cli_runner import RunCli
+
+PROMPT = "import "
+Cached = Callable[[str], qcompile.Artifact]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_opt: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(tiny_opt)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_opt: Path, tokenizer: Any) -> list[int]:
+    """What Transformers generates after the prompt."""
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(tiny_opt, dtype=torch.float32)
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    whole = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64,
+        do_sample=False, eos_token_id=None,
+    )  # fmt: skip
+    return whole[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def test_run_streams_what_transformers_generates(
+    compile_cached: Cached, run_cli: RunCli, tokenizer: Any, expected: list[int]
+) -> None:
+    outcome = run_cli("run", compile_cached("fp32").path, PROMPT, "--max-new-tokens", 64)
+    assert outcome.status == 0
+    assert outcome.stdout == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+    assert "tokens of prompt" in outcome.stderr and "64 generated" in outcome.stderr
+
+
+def test_a_temperature_draws_by_the_seed(compile_cached: Cached, run_cli: RunCli) -> None:
+    words = ("run", compile_cached("w8a8").path, PROMPT, "--temperature", 2.0, "--seed")
+    texts = [run_cli(*words, seed).stdout for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_run_says_what_is_wrong(
+    compile_cached: Cached, compiled_tiny: qcompile.Artifact, run_cli: RunCli, tmp_path: Path
+) -> None:
+    cached = compile_cached("fp32").path
+    assert "compile the model with --cache" in run_cli("run", compiled_tiny.path, PROMPT).error
+    assert "is not a qcompile artifact" in run_cli("run", tmp_path, PROMPT).error
+    assert run_cli("run", cached, " ").error == "the prompt is empty"
+    assert "and the model 512 positions" in run_cli("run", cached, "import os\n" * 200).error
+    bare = tmp_path / "bare"
+    shutil.copytree(cached, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "has no tokenizer" in run_cli("run", bare, PROMPT).error
+
+
+def test_a_prompt_goes_into_the_chat_template(tiny_opt: Path) -> None:
+    load: Any = transformers.AutoTokenizer.from_pretrained
+    tokenizer = load(tiny_opt)
+    plain = tokenizer("def")["input_ids"]
+    assert prompt_tokens(tokenizer, "def") == plain
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    # A template writes the special tokens itself.
+    asked = tokenizer("user: def", add_special_tokens=False)["input_ids"]
+    assert prompt_tokens(tokenizer, "def") == asked != plain
+
+
+def test_text_is_streamed_by_whole_characters() -> None:
+    class Bytes:
+        def decode(self, tokens: list[int], **_: object) -> str:
+            return bytes(tokens).decode("utf-8", errors="replace")
+
+    pieces: list[str] = []
+    stream = Stream(Bytes(), pieces.append)
+    for byte in "é\n€ a".encode():
+        stream.put(byte)
+    assert [piece for piece in pieces if piece] == ["é", "\n", "€", " ", "a"]
+    stream.put("é".encode()[0])
+    stream.finish()
+    assert "".join(pieces) == "é\n€ a\ufffd"
+
+
+def test_bench_compares(
+    compile_cached: Cached, compiled_tiny: qcompile.Artifact, run_cli: RunCli
+) -> None:
+    folders = [compile_cached(scheme).path for scheme in ("fp32", "w8a8")]
+    few = ("--prompt-tokens", 8, "--new-tokens", 4, "--rounds", 1)
+    table = run_cli("bench", *folders, *few).stdout
+    assert table.count("1.00×") >= 2
+    rows = json.loads(run_cli("bench", *folders, *few, "--batch", 2, "--json").stdout)
+    assert [row["folder"] for row in rows] == [str(folder) for folder in folders]
+    assert all(row["prefill"] > 0 and row["decode"] > 0 for row in rows)
+    assert "compile with --cache" in run_cli("bench", compiled_tiny.path, *few).error
+    assert (
+        "512 positions, fewer than 600" in run_cli("bench", folders[0], "--new-tokens", 472).error
+    )
+
+
+def test_onnxruntime_genai_generates_the_same(
+    compile_cached: Cached, tokenizer: Any, expected: list[int]
+) -> None:
+    """It pads on the right, and stops before the token that ends a text."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    model = genai.Model(str(compile_cached("fp32").path))
+    prompts = [tokenizer(text)["input_ids"] for text in (PROMPT, "def f(x):\n    return")]
+    longest, end = max(map(len, prompts)), tokenizer.eos_token_id
+    ids = np.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts], np.int32)
+    for batch in (ids[:1, : len(prompts[0])], ids):
+        options = genai.GeneratorParams(model)
+        length = batch.shape[1] + len(expected)
+        options.set_search_options(max_length=length, batch_size=len(batch))
+        generator = genai.Generator(model, options)
+        generator.append_tokens(batch)
+        while not generator.is_done():
+            generator.generate_next_token()
+        found = generator.get_sequence(0).tolist()[batch.shape[1] :]
+        ended = expected.index(end) if end in expected else len(expected)
+        assert found[:ended] == expected[:ended]
+
+
+def test_unequal_prompts_give_the_same_text_together(
+    compile_cached: Cached, tokenizer: Any, expected: list[int]
+) -> None:
+    session = compile_cached("fp32").session()
+    prompts = [tokenizer(text)["input_ids"] for text in ("def f(x):\n    return", PROMPT, "c")]
+    together = np.stack(list(generate(session, prompts, 64)), axis=1)
+    assert together[1].tolist() == expected
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = np.stack(list(generate(session, [prompt], 64)), axis=1)
+        assert alone[0].tolist() == row.tolist()
+
+
+def test_int8_with_a_cache_is_as_close_to_float_as_without(
+    compile_cached: Cached, compiled_tiny: qcompile.Artifact, tiny_opt: Path, tokenizer: Any
+) -> None:
+    """Teacher-forced, one token at a time."""
+    text = (tiny_opt / "evaluation.txt").read_text(encoding="utf-8")
+    ids = np.array([tokenizer(text)["input_ids"][:128]])
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    feed["position_ids"] = np.arange(ids.shape[1])[None]
+    reference = run_outputs(compile_cached("fp32").session(), feed)["logits"]
+    whole = run_outputs(compiled_tiny.session(), feed)["logits"]
+    decoder = Decoder(compile_cached("w8a8").session(), 1, ids.shape[1])
+    stepped = np.concatenate([decoder.step(ids[:, at : at + 1]) for at in range(128)], axis=1)
+    divergences = []
+    for logits in (whole, stepped):
+        accuracy = Accuracy("text-generation")
+        accuracy.add(feed, reference, logits)
+        divergences.append(accuracy.result()["kl"])
+    assert divergences[1] == pytest.approx(divergences[0], rel=1e-6)
+
+
+def test_a_cache_that_changes_the_logits_is_found(
+    compile_cached: Cached, float_tiny: qcompile.Artifact, tmp_path: Path
+) -> None:
+    traced, sound = (a.path / "model.onnx" for a in (float_tiny, compile_cached("fp32")))
+    feed = read_sample(float_tiny.path)[0]
+
+    def check(path: Path) -> list[str]:
+        return check_steps(traced, path, path, OrtCpu(), "text-generation", feed)[1]
+
+    assert check(sound) == []
+    model = ir.load(sound)
+    for node in model.graph:
+        if node.op_type == "GroupQueryAttention":
+            node.attributes.add(ir.AttrInt64("local_window_size", 8))
+    ir.save(model, tmp_path / "broken.onnx", external_data="broken.data")
+    (problem,) = check(tmp_path / "broken.onnx")
+    assert "with the cache, the float model's logits differ" in problem
+
+
+def test_the_report_and_the_record_tell_of_the_cache(compile_cached: Cached) -> None:
+    artifact = compile_cached("w8a8")
+    assert [speed.shape for speed in artifact.report.speed] == ["1×128", "1×1 after 128"]
+    assert artifact.report.decoded["kl"] == pytest.approx(artifact.report.accuracy["kl"], rel=1.0)
+    settings = json.loads((artifact.path / "genai_config.json").read_text(encoding="utf-8"))
+    decoder = settings["model"]["decoder"]
+    assert (decoder["num_hidden_layers"], decoder["head_size"]) == (4, 32)
+    assert (settings["model"]["context_length"], settings["model"]["eos_token_id"]) == (512, 1)
+    record = json.loads((artifact.path / "qcompile.json").read_text(encoding="utf-8"))
+    assert record["max_length"] == 512 and "genai_config.json" in record["sha256"]
+
+
+def test_check_knows_a_cached_artifact(compile_cached: Cached, run_cli: RunCli) -> None:
+    assert run_cli("check", compile_cached("w8a8").path).status == 0
+
+
+def test_a_cache_is_refused_where_it_means_nothing(
+    tiny_onnx: Path, tmp_path: Path, small: qcompile.CompileConfig
+) -> None:
+    config = small.model_copy(update={"cache": True})
+    with pytest.raises(ConfigError, match="a cache is for a causal language model"):
+        qcompile.compile(
+            tiny_onnx, scheme="fp32", output=tmp_path / "no",
+            config=config.model_copy(update={"task": "feature-extraction"}),
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match="ort-cuda has no attention with a cache"):
+        qcompile.compile(
+            tiny_onnx, target="ort-cuda:sm90", scheme="fp16", output=tmp_path / "no", config=config
+        )

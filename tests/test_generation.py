@@ -1,0 +1,152 @@
+"""Generation with a cache: token for token what Transformers generates, in batches too."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+import transformers
+from qcompile.passes.kv_cache import KvCache
+from qcompile.targets.ort_cpu import OrtCpu
+
+from qcompile import frontend
+from qcompile.config import CompileConfig
+from qcompile.errors import ModelError
+from qcompile.genai import genai_config
+from qcompile.generation import generate
+from qcompile.pipeline import CANONICALIZE, run
+from qcompile.precision import PrecisionPlan
+from qcompile.session import open_session
+
+NEW = 64
+END = 2
+PROMPTS = [[17, 200, 5, 78, 33, 120, 9, 64, 250, 31, 77, 8], [90, 14, 3, 141, 58]]
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": END,
+    "pad_token_id": 0,
+}
+_GROUPED = _SIZES | {"num_key_value_heads": 2, "intermediate_size": 96}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "opt": _SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "gpt2": _SIZES,
+    "llama": _GROUPED,
+    "mistral": _GROUPED | {"sliding_window": 8},
+    "qwen2": _GROUPED,
+    "qwen3": _GROUPED | {"head_dim": 32},
+    "phi": _SIZES | {"intermediate_size": 96},
+    "gemma": _GROUPED | {"head_dim": 32},
+    "gpt_neox": _SIZES | {"intermediate_size": 96},
+    "bloom": _SIZES,
+}
+
+WORKING = [kind for kind in CONFIGS if kind != "bloom"]
+
+
+def save(kind: str, folder: Path) -> Any:
+    """A model whose next token depends on more than the last one, its weights being large."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **CONFIGS[kind])
+    make: Any = transformers.AutoModelForCausalLM.from_config
+    model = make(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim > 1 else 0.05))
+    model.save_pretrained(folder)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """A folder with ``model.onnx`` and ``genai_config.json``, and what Transformers generates."""
+
+    folder: Path
+    expected: list[list[int]]
+
+
+def compile_cached(source: Path, folder: Path) -> None:
+    model = frontend.load(str(source), CompileConfig(), folder)
+    run(model.ir, [pass_() for pass_ in CANONICALIZE])
+    run(model.ir, [KvCache(), *OrtCpu().lower(PrecisionPlan())])
+    ir.save(model.ir, folder / "model.onnx")
+    settings = genai_config(model.ir.graph, source, model.max_length)
+    (folder / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Cached]:
+    """By architecture, each made once."""
+
+    @functools.cache
+    def make(kind: str) -> Cached:
+        folder = tmp_path_factory.mktemp(kind)
+        reference = save(kind, folder / "source")
+        expected = []
+        for prompt in PROMPTS:
+            ids = torch.tensor([prompt])
+            whole = reference.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW,
+                do_sample=False, eos_token_id=None,
+            )  # fmt: skip
+            expected.append(whole[0, len(prompt) :].tolist())
+        compile_cached(folder / "source", folder)
+        return Cached(folder, expected)
+
+    return make
+
+
+def greedy(session: ort.InferenceSession, prompts: list[list[int]]) -> list[list[int]]:
+    steps = list(generate(session, prompts, NEW))
+    return np.stack(steps, axis=1).tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", WORKING)
+def test_greedy_tokens_are_those_of_transformers(
+    kind: str, cached: Callable[[str], Cached]
+) -> None:
+    model = cached(kind)
+    session = open_session(model.folder / "model.onnx")
+    assert all(len(set(tokens)) > 4 for tokens in model.expected)
+    assert [greedy(session, [prompt])[0] for prompt in PROMPTS] == model.expected
+    # The shorter prompt is padded on the left.
+    assert greedy(session, PROMPTS) == model.expected
+
+
+@pytest.mark.parametrize("kind", WORKING)
+def test_and_in_onnxruntime_genai(kind: str, cached: Callable[[str], Cached]) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    model = cached(kind)
+    loaded = genai.Model(str(model.folder))
+    for prompt, expected in zip(PROMPTS, model.expected, strict=True):
+        options = genai.GeneratorParams(loaded)
+        options.set_search_options(max_length=len(prompt) + NEW)
+        generator = genai.Generator(loaded, options)
+        generator.append_tokens(np.array([prompt], np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        found = generator.get_sequence(0).tolist()[len(prompt) :]
+        # It stops before the token that ends a text.
+        ended = expected.index(END) if END in expected else NEW
+        assert found == expected[:ended]
+
+
+def test_what_is_refused_is_named(tmp_path: Path) -> None:
+    save("bloom", tmp_path / "source")
+    with pytest.raises(ModelError, match=r"transformer\.h\.0\.self_attention .*not recognised"):
+        compile_cached(tmp_path / "source", tmp_path)
