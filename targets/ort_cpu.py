@@ -14,7 +14,6 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import InlinePass
 from qcompile.passes.integer_matmul import CONTRIB, KERNEL, IntegerMatMul
-from qcompile.passes.skip_norm import SkipNorm
 from qcompile.passes.weight_only import KERNEL as NBITS
 from qcompile.passes.weight_only import WeightOnlyMatMul
 from qcompile.targets.base import Capability, Target
@@ -119,7 +118,7 @@ class OrtCpu(Target):
         # Blocks that the source came with stay as they are: nobody chose int8 activations for them.
         planned = any(op.precision in BITS for op in plan.quantized)
         weights = (WeightOnlyMatMul(),) if planned else ()
-        return (IntegerMatMul(), *weights, SkipNorm(), InlinePass())
+        return (IntegerMatMul(), *weights, InlinePass())
 
     def capability(self, op: str, label: Label) -> Capability | None:
         # The table is what ONNX Runtime documents; a reduced build may lack the kernel.
