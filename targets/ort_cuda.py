@@ -17,6 +17,7 @@ from onnx_ir.passes.common import (
 from qcompile.passes.int8_linear import Int8Linear
 from qcompile.passes.int8_rows import Int8Rows
 from qcompile.passes.multi_head import MultiHead
+from qcompile.passes.pack_tokens import PackTokens
 from qcompile.passes.skip_norm import SkipNorm
 from qcompile.passes.to_float16 import ToFloat16
 from qcompile.passes.unflatten import Unflatten
@@ -137,6 +138,7 @@ class OrtCuda(Target):
     def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
         return (
             Unflatten(),
+            PackTokens(),
             MultiHead(),
             Int8Linear(),
             Int8Rows(),
