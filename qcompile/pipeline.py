@@ -36,7 +36,7 @@ from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
 from qcompile.planfile import PLAN, PlanFile
 from qcompile.planning import float_plan, plan_precision
-from qcompile.precision import Choice, PrecisionPlan
+from qcompile.precision import Choice, Floats, PrecisionPlan
 from qcompile.progress import Phases, Step
 from qcompile.report import Report
 from qcompile.reporting import make_report, site_rows
@@ -126,10 +126,7 @@ def _compile(
         data = _calibration_data(calibration, model, config, scheme, work, step)
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
-    reference = model.ir.clone()
-    run(reference, target.lower(PrecisionPlan()))
-    reference_path = work / "float.onnx"
-    ir.save(reference, reference_path)
+    reference_path = _lowered_float(model, target, "float32", work)
 
     graph, decision = model.ir.clone(), None
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
@@ -184,6 +181,7 @@ def _compile(
             model.kind,
             data.held_back,
             timed,
+            baseline=_baseline(model, target, scheme, work),
             progress=step,
         )
         here = decision is None or not decision.foreign(target)
@@ -200,6 +198,24 @@ def _compile(
     )  # fmt: skip
     artifact.complete(folder, model, target, report, plan, config, data.held_back[0], traced_path)
     return report
+
+
+def _lowered_float(model: TracedModel, target: Target, floats: Floats, work: Path) -> Path:
+    """The float graph as the target runs it, in `floats`."""
+    graph = model.ir.clone()
+    run(graph, target.lower(PrecisionPlan(floats=floats)))
+    path = work / f"{floats}.onnx"
+    ir.save(graph, path)
+    return path
+
+
+def _baseline(
+    model: TracedModel, target: Target, scheme: Scheme, work: Path
+) -> tuple[Path, Floats] | None:
+    """What quantising has to beat: the float graph in the type that the target is fastest in."""
+    if not scheme.quantizes or not target.runs_here or target.floats == "float32":
+        return None
+    return _lowered_float(model, target, target.floats, work), target.floats
 
 
 def _apply(

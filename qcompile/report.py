@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pydantic
 
 from qcompile.errors import ModelError
-from qcompile.precision import Label, Precision
+from qcompile.precision import Floats, Label, Precision
 
 M = TypeVar("M", bound=pydantic.BaseModel)
 
@@ -139,13 +139,15 @@ class LeftoverRow(_Model):
 class Speed(_Model):
     """Time of the float graph over time of the compiled one, medians, taken in turn.
 
-    Threads sleep between runs; spinning, those of one session hold the cores of the other.
+    Threads sleep between runs; spinning, those of one session hold the cores of the other. On a
+    GPU, inputs and outputs stay in its memory. `floats` is the type that the float graph has.
     """
 
     batch: int
     sequence: int
     ratio: float
     rounds: int
+    floats: Floats = "float32"
 
 
 class Report(_Model):

@@ -42,7 +42,8 @@ def print_summary(artifact: Artifact, console: Console) -> None:
         table.add_row(label, form.format(value))
     for speed in report.speed:
         table.add_row(
-            f"speed at {speed.batch}×{speed.sequence}", f"{speed.ratio:.2f}× float, same process"
+            f"speed at {speed.batch}×{speed.sequence}",
+            f"{speed.ratio:.2f}× {speed.floats}, same process",
         )
     table.add_row(
         "measured on", f"{report.held_back} held-back samples ({escape(report.calibration)})"

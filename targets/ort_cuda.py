@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,10 @@ from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.session import HERE, Runtime
 
 _KERNEL: Final = f"{DOMAIN}.MatMulInt8"
+_STAND_IN: Final = (
+    "there is no GPU with ONNX Runtime's CUDA provider here, so the graph runs on the CPU, by the "
+    "operators' bodies in standard ops: right, and slow"
+)
 
 
 class OrtCuda(Target):
@@ -109,7 +114,7 @@ class OrtCuda(Target):
     ) -> Runtime:  # fmt: skip
         # The library has kernels for every variant: an artifact runs on whichever is here.
         if not self.runs_here and (folder is None or library.gpu() not in self.variants):
-            return HERE
+            return dataclasses.replace(HERE, stand_in=_STAND_IN)
         own = library.installed()
         if folder is not None and record is not None and record.get("scheme") == "w8a8":
             own = library.choose(folder, record, trust_library=trust_library)
