@@ -265,7 +265,8 @@ def compare(name: str, layers: int, repeats: int, target: OrtCuda) -> list[dict[
             rows.append(
                 {
                     "model": name, "layers": layers, "batch": batch, "sequence": length,
-                    "padded": padded, "captured": captured, "fp16_ms": medians[0], "w8a8_ms": medians[1],
+                    "padded": padded, "captured": captured,
+                    "fp16_ms": medians[0], "w8a8_ms": medians[1],
                     "ratio": medians[0] / medians[1], "weights": sizes[1] / sizes[0],
                     "sqnr_db": float(10 * np.log10((half**2).sum() / ((half - int8) ** 2).sum())),
                     "quarters": [statistics.quantiles(kept, n=4) for kept in times],
