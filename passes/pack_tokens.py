@@ -101,6 +101,8 @@ def _works_on_rows(
     fixed: set[ir.Value],
     rows: Sequence[int | str | None],
 ) -> bool:
+    if node.domain == DOMAIN and node.op_type in (QUANTIZE, DEQUANTIZE):
+        return all(v in tokens for v in node.inputs)  # shapes of what functions give are not known
     dims = dims_of(node.outputs[0])
     if dims is None or dims[:2] != list(rows):
         return False
@@ -125,8 +127,6 @@ def _works_on_rows(
         return by_row[0]
     if is_op(node, "RotaryEmbedding"):
         return len(node.inputs) == 3 and all(by_row)
-    if node.domain == DOMAIN:
-        return node.op_type in (QUANTIZE, DEQUANTIZE)
     return is_op(node, *_ELEMENTWISE) and all(
         _same_for_all(value, rank) for value in node.inputs if value not in tokens
     )
