@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused, sole_use
 from qcompile.passes.known_mask import meaning_of
-from qcompile.passes.matching import is_op, like
+from qcompile.passes.matching import is_op, like, scalar_of
 from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, QUANTIZE
 from qcompile.passes.symbolic_shapes import dims_of
 
@@ -39,8 +39,6 @@ _ELEMENTWISE: Final = frozenset(
         "Sqrt",
         "Sub",
         "Tanh",
-        "QuantizeLinear",
-        "DequantizeLinear",
     ]
 )
 _NORMS: Final = ("LayerNormalization", "RMSNormalization")
@@ -102,7 +100,9 @@ def _works_on_rows(
     rows: Sequence[int | str | None],
 ) -> bool:
     if node.domain == DOMAIN and node.op_type in (QUANTIZE, DEQUANTIZE):
-        return all(v in tokens for v in node.inputs)  # shapes of what functions give are not known
+        return all(v in tokens for v in node.inputs)
+    if is_op(node, "QuantizeLinear", "DequantizeLinear"):
+        return node.inputs[0] in tokens and all(scalar_of(v) is not None for v in node.inputs[1:])
     dims = dims_of(node.outputs[0])
     if dims is None or dims[:2] != list(rows):
         return False
@@ -187,14 +187,15 @@ def _narrowest(output: ir.Value) -> ir.Value:
     value = _sole_source(output)
     while value is not None:
         # Quantising, dequantising and the product stay together: they become one kernel.
-        if _width(value) <= _width(best) and not _is_quantization(value.producer()):
+        apart = not _is_quantization(value.producer()) and len(value.shape or ()) == 3
+        if apart and _width(value) <= _width(best):
             best = value
         value = _sole_source(value)
     return best
 
 
 def _sole_source(value: ir.Value) -> ir.Value | None:
-    """The one value [batch, sequence, channels] that `value` is made from, if nothing else is."""
+    """The one value that `value` is made from, if nothing else is made from it."""
     node = value.producer()
     if node is None:
         return None
@@ -204,7 +205,7 @@ def _sole_source(value: ir.Value) -> ir.Value | None:
         return None
     if len(given) > 1:
         return _sole_source(next(iter(given))) if _is_quantization(next(iter(makers))) else None
-    return next((v for v in given if len(v.shape or ()) == 3), None)
+    return next(iter(given))
 
 
 def _is_quantization(node: ir.Node | None) -> bool:
