@@ -37,11 +37,16 @@ def test_the_commands(
     run_cli: RunCli,
 ) -> None:
     shown = [line for block in blocks(README, "bash")[3:] for line in block.splitlines()]
-    assert len(shown) == 4
+    assert len(shown) == 6
     for line in shown:
         words = shlex.split(line, comments=True)[1:]
-        at = str(compiled_tiny.path)
-        outcome = run_cli(*(at if word == "tiny-opt-ort-cpu-w8a8" else word for word in words))
+        here = {"tiny-opt-ort-cpu-w8a8": compiled_tiny.path}
+        outcome = run_cli(
+            *(
+                ROOT / word if word.startswith("examples/") else here.get(word, word)
+                for word in words
+            )
+        )
         assert outcome.status == 0, line
 
 
