@@ -86,7 +86,8 @@ def _tokenwise(graph: ir.Graph, padding: ir.Value, rows: Sequence[int | str | No
     fixed: set[ir.Value] = set()
     for node in graph:
         given = [v for v in node.inputs if v is not None]
-        if given and all(is_constant(v) or v in fixed for v in given):
+        computed = given and all(is_constant(v) or v in fixed for v in given)
+        if computed or is_op(node, "Constant"):
             fixed.update(node.outputs)
         elif _works_on_rows(node, tokens, fixed, rows):
             tokens.update(node.outputs)
@@ -128,14 +129,14 @@ def _works_on_rows(
     if is_op(node, "RotaryEmbedding"):
         return len(node.inputs) == 3 and all(by_row)
     return is_op(node, *_ELEMENTWISE) and all(
-        _same_for_all(value, rank) for value in node.inputs if value not in tokens
+        len(value.shape or ()) == rank if value in tokens else _same_for_all(value, rank)
+        for value in node.inputs
+        if value is not None
     )
 
 
-def _same_for_all(value: ir.Value | None, rank: int) -> bool:
-    """A constant that every row of a value of `rank` dimensions meets alike."""
-    if value is None:
-        return True
+def _same_for_all(value: ir.Value, rank: int) -> bool:
+    """Whether every row of a value of `rank` dimensions meets `value` alike."""
     dims = dims_of(value)
     return dims is not None and all(d == 1 for d in ([1] * rank + dims)[-rank:][:2])
 
