@@ -18,6 +18,7 @@ from onnx_ir.passes.common import (
 from qcompile.passes.int8_linear import Int8Linear
 from qcompile.passes.int8_rows import Int8Rows
 from qcompile.passes.multi_head import MultiHead
+from qcompile.passes.outer_product import OuterProduct
 from qcompile.passes.pack_tokens import PackTokens
 from qcompile.passes.skip_norm import SkipNorm
 from qcompile.passes.to_float16 import ToFloat16
@@ -142,6 +143,7 @@ class OrtCuda(Target):
 
     def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
         return (
+            OuterProduct(),
             Unflatten(),
             PackTokens(),
             MultiHead(),
