@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +10,11 @@ import onnxruntime as ort
 import pytest
 
 import qcompile
-from qcompile.artifact import GRAPH
-from qcompile.metrics import Accuracy
-from qcompile.session import open_session, run_outputs
-from tests.targets.cuda_gpu import RNG, needs_gpu
+from tests.targets.cuda_gpu import needs_gpu
 from tests.targets.test_cuda_sessions import free_memory
 
 pytestmark = needs_gpu
 
-Compile = Callable[..., qcompile.Artifact]
 Feed = dict[str, np.ndarray]
 
 
@@ -38,14 +33,16 @@ def compiled(
     )
 
 
-def feed_of(batch: int, length: int, padding: int = 0) -> Feed:
+def feed_of(
+    batch: int, length: int, padding: int = 0, *, behind: bool = False, seed: int = 0
+) -> Feed:
+    """Random tokens; in the first sample, `padding` places before or behind them hold none."""
     mask = np.ones((batch, length), np.int64)
-    mask[0, :padding] = 0
-    return {
-        "input_ids": RNG.integers(3, 200, (batch, length)),
-        "attention_mask": mask,
-        "position_ids": np.maximum(np.cumsum(mask, 1) - 1, 0),
-    }
+    mask[0, slice(length - padding, None) if behind else slice(padding)] = 0
+    positions = np.maximum(np.cumsum(mask, 1) - 1, 0) * mask
+    ids = np.zeros_like(mask)
+    ids[mask.astype(bool)] = np.random.default_rng(seed).integers(3, 200, mask.sum())
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
 def logits(session: ort.InferenceSession, feed: Feed) -> np.ndarray:
@@ -62,31 +59,42 @@ def test_compiled_on_the_machine_with_the_gpu(compiled: qcompile.Artifact) -> No
     assert qcompile.load(compiled.path).get_providers()[0] == "CUDAExecutionProvider"
 
 
-@pytest.mark.parametrize("padding", [0, 5])
-def test_as_the_bodies_on_the_cpu(compiled: qcompile.Artifact, padding: int) -> None:
-    """Float16 is rounded elsewhere, which moves a code now and then: small against INT8's error."""
-    feed = feed_of(2, 33, padding)
-    real = feed["attention_mask"].astype(bool)
-    found = logits(qcompile.load(compiled.path), feed)[real].astype(np.float64)
-    wanted = logits(open_session(compiled.path / GRAPH), feed)[real].astype(np.float64)
-    assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
+def test_padding_may_be_anywhere(compiled: qcompile.Artifact) -> None:
+    """Packed, both are the same rows, so that tokens get the same bits."""
+    session = qcompile.load(compiled.path)
+    before, behind = feed_of(2, 33, 5), feed_of(2, 33, 5, behind=True)
+    found = logits(session, before)[before["attention_mask"].astype(bool)]
+    wanted = logits(session, behind)[behind["attention_mask"].astype(bool)]
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_example_is_as_accurate_as_its_emulation(
+    tiny_onnx: Path, tiny_opt: Path, tmp_path: Path
+) -> None:
+    assert_as_accurate(tiny_onnx, tiny_opt / "calibration.txt", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["opt-30m", "llama-28m"])
-def test_as_accurate_as_its_emulation(shared: Path, tmp_path: Path, name: str) -> None:
+def test_trained_models_are_as_accurate_as_their_emulation(
+    shared: Path, tmp_path: Path, name: str
+) -> None:
+    assert_as_accurate(shared / "models" / name, shared / "text" / "calib.txt", tmp_path)
+
+
+def assert_as_accurate(model: Path, texts: Path, folder: Path) -> None:
     """KL to float at most 1.1 times that of the same scheme as Q/DQ in float32."""
-    made = {
+    kl = {
         target: qcompile.compile(
-            str(shared / "models" / name),
+            str(model),
             target=target,
             scheme="w8a8",
-            calibration=shared / "text" / "calib.txt",
-            config=qcompile.CompileConfig(samples=16, objective="scheme", activations="token"),
-            output=tmp_path / target.partition(":")[0],
+            calibration=texts,
+            config=qcompile.CompileConfig(objective="scheme", activations="token"),
+            output=folder / target.partition(":")[0],
         ).report.accuracy["kl"]
         for target in ("ort-cuda", "ort-cpu:vnni")
     }
-    assert made["ort-cuda"] < 1.1 * made["ort-cpu:vnni"]
+    assert kl["ort-cuda"] < 1.1 * kl["ort-cpu:vnni"] + 1e-4
 
 
 def test_two_sessions_in_two_threads(compiled: qcompile.Artifact) -> None:
@@ -114,6 +122,7 @@ def test_two_sessions_in_two_threads(compiled: qcompile.Artifact) -> None:
 
 
 def test_memory_does_not_grow(compiled: qcompile.Artifact) -> None:
+    """On a GPU that nothing else uses at the time."""
     session = qcompile.load(compiled.path)
 
     def steps(count: int) -> None:
@@ -138,18 +147,10 @@ def test_graph_capture(compiled: qcompile.Artifact) -> None:
     for name, value in bound.items():
         binding.bind_ortvalue_input(name, value)
     binding.bind_ortvalue_output("logits", out)
-    for padding in (0, 3, 0, 9):
-        feed = feed_of(4, 16, padding)
+    for seed, padding in enumerate((0, 3, 0, 9)):
+        feed = feed_of(4, 16, padding, seed=seed)
         for name, array in feed.items():
             bound[name].update_inplace(array)
         out.update_inplace(poison)
         captured.run_with_iobinding(binding)
         np.testing.assert_array_equal(out.numpy(), logits(plain, feed))
-
-
-def test_float_logits_are_near(compiled: qcompile.Artifact, tiny_onnx: Path) -> None:
-    feed = feed_of(4, 64)
-    accuracy = Accuracy("text-generation")
-    expected = run_outputs(open_session(tiny_onnx), feed)
-    accuracy.add_all(feed, expected, run_outputs(qcompile.load(compiled.path), feed))
-    assert accuracy.result()["kl"] < 0.05
