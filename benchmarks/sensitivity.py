@@ -31,6 +31,7 @@ from qcompile.linears import find_linears, find_sites
 from qcompile.measuring import damage_by_gradient, short_samples
 from qcompile.options import find_options
 from qcompile.precision import LABELS, PrecisionPlan
+from qcompile.schemes import get_scheme
 from qcompile.sensitivity import TOKENS, quantized_activation
 from qcompile.smoothing import plan_smoothing
 from qcompile.spill import spill
@@ -67,7 +68,7 @@ def compare(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     target = get_target(arguments.target)
     sites = find_sites(graph.graph)
     seen = calibrate(graph, sites, feeds[:32], work)
-    options = find_options(sites, config, target)
+    options = find_options(sites, config, get_scheme("w8a8"), target)
     chosen = scheme_choice(options)
     samples = short_samples(work / "float.onnx", feeds[32:], TOKEN_SAMPLES, TOKENS)
     gradients = measure_gradients(work / "float.onnx", samples, "text-generation")
@@ -81,7 +82,8 @@ def compare(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     smoothed = spill(smoothed, work, "trial")
     plans = trial_plans(find_sites(smoothed.graph), seen, smoothing, options, config, target)
     path = work / "trial.onnx"
-    truth = Truth(path, short_samples(path, feeds[32 + TOKEN_SAMPLES :], 8, TOKENS))
+    held_back = short_samples(path, feeds[32 + TOKEN_SAMPLES :], 8, TOKENS)
+    truth = Truth(path, held_back, blockwise=target.blockwise)
     rows = []
     for label in (known for known in LABELS if known in arguments.labels.split(",")):
         names = [name for name, parts in damage.items() if label in parts]
@@ -103,7 +105,8 @@ def compare(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
 class Truth:
     """Mean KL of the model with some ops quantised, the others in float."""
 
-    def __init__(self, path: Path, feeds: list[Feed]) -> None:
+    def __init__(self, path: Path, feeds: list[Feed], *, blockwise: bool) -> None:
+        self.blockwise = blockwise
         self.model = ir.load(path)
         self.names = {linear.matmul: linear.name for linear in find_linears(self.model.graph)}
         self.nodes = evaluated(self.model.graph)
@@ -129,7 +132,8 @@ class Truth:
             op = plan.op(name)
             assert op.weight is not None
             weight = torch.from_numpy(op.weight.dequantized())
-            return quantized_activation(inputs[0], op, plan) @ weight
+            x = quantized_activation(inputs[0], op, plan, blockwise=self.blockwise)
+            return x @ weight
 
         with torch.no_grad():
             values = evaluate(self.nodes, given, self.constants, replaced)

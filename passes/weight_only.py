@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -27,10 +28,17 @@ class WeightOnlyMatMul(ir.passes.InPlacePass):
 
     1. ``MatMul(x, DequantizeLinear(codes, scale, axis=0, block_size)) [+ bias]``
        -> ``MatMulNBits(x, packed codes, scale, , , bias)``
+
+    Args:
+        accuracy_level: at most how exact the kernel is to be, as ONNX Runtime numbers it.
     """
 
+    def __init__(self, accuracy_level: int = ACCURACY_LEVEL) -> None:
+        super().__init__()
+        self.accuracy_level = accuracy_level
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        return lower_matmuls(model, _lower)
+        return lower_matmuls(model, partial(_lower, accuracy_level=self.accuracy_level))
 
 
 def pack(codes: npt.NDArray[Any], bits: int, block_size: int) -> npt.NDArray[np.uint8]:
@@ -45,7 +53,7 @@ def pack(codes: npt.NDArray[Any], bits: int, block_size: int) -> npt.NDArray[np.
     return blocks if bits == 8 else blocks[..., 0::2] | (blocks[..., 1::2] << 4)
 
 
-def _lower(graph: ir.Graph, matmul: ir.Node) -> bool:
+def _lower(graph: ir.Graph, matmul: ir.Node, accuracy_level: int) -> bool:
     x, weight = matmul.inputs
     dequantize = weight.producer() if weight is not None else None
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
@@ -76,7 +84,7 @@ def _lower(graph: ir.Graph, matmul: ir.Node) -> bool:
             "N": width,
             "bits": bits,
             "block_size": block_size,
-            "accuracy_level": ACCURACY_LEVEL,
+            "accuracy_level": accuracy_level,
         },
         domain=CONTRIB,
     )

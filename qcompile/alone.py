@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qcompile.linears import find_linears
+from qcompile.lowering import open_lowered
 from qcompile.metrics import Accuracy
-from qcompile.passes.quantize import Quantize
 from qcompile.precision import Label, PrecisionPlan
 from qcompile.sensitivity import Damage
 from qcompile.session import open_session, run_outputs
@@ -46,19 +46,11 @@ def measure_alone(
         for label, plan in plans.items():
             if plan.op(name).weight is None:
                 continue
-            trial = model.clone()
-            for pass_ in (Quantize(plan.only(name)), *target.lower(plan)):
-                pass_(trial)
-            scratch = path.with_name("alone.onnx")
-            ir.save(trial, scratch, external_data="alone.onnx.data")
-            session = open_session(scratch, exact=not target.saturates)
+            session = open_lowered(model.clone(), plan.only(name), target, path.parent)
             accuracy = Accuracy(kind)
             for feed, outputs in zip(feeds, expected, strict=True):
                 accuracy.add_all(feed, outputs, run_outputs(session, feed))
             damage[name][label] = divergence(accuracy)
-            del session
-            scratch.unlink()
-            scratch.with_name("alone.onnx.data").unlink(missing_ok=True)
         if progress:
             progress(done + 1, len(names))
     return damage

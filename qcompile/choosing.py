@@ -19,7 +19,7 @@ from qcompile.gradients import Importance
 from qcompile.labelling import Cost, Item, Problem, Solution, front, solve
 from qcompile.linears import Linear, Site
 from qcompile.options import Options
-from qcompile.precision import INT8, Choice, Label
+from qcompile.precision import FLOAT_BYTES, INT8, Choice, Floats, Label
 from qcompile.sensitivity import Damage
 from qcompile.targets.base import Target
 from qcompile.weight_blocks import BLOCK_SIZE
@@ -37,6 +37,8 @@ SPEED_MARGIN: Final = 1.03
 SIZE_MARGIN: Final = 0.995
 """Part of a limit on bytes that a prediction may fill: inserted Muls are not known yet."""
 
+UNSEEN: Final = "; accuracy is measured on an output that does not depend on it"
+
 SECOND: Final = 1e-3
 """Weight of the time where another objective comes first."""
 
@@ -49,15 +51,20 @@ class Measured:
         sites: of the canonical graph.
         options: of every Linear.
         shapes: (batch, sequence) that were timed.
-        float_times: seconds of the whole float model at each.
+        float_times: seconds of the whole float model at each, or of its Linears alone.
         times: op -> label -> seconds at each, without conversions.
         conversions: site -> mode -> seconds at each.
+        savings: site -> mode -> seconds at each that are saved where all ops of the site take it:
+            what makes the activation quantises it.
         damage: op -> label -> its part of the output's divergence.
         other_bytes: of weights that are no Linear's.
         machine: where times were taken.
         taken: how many times were taken for this compilation.
         importance: of the channels of every op and site; None where no gradient is known.
         how: damage was found: from gradients, or each op alone.
+        floats: the type of what is not quantised.
+        whole: whether `float_times` are of the whole model.
+        notes: on the times, for the report.
     """
 
     sites: Sequence[Site]
@@ -72,6 +79,10 @@ class Measured:
     taken: int
     importance: Importance | None = None
     how: str = "gradient"
+    floats: Floats = "float32"
+    whole: bool = True
+    savings: Mapping[str, Mapping[Label, Sequence[float]]] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def problem(self) -> Problem:
         """Cost vectors: seconds at each shape, damage, bytes."""
@@ -89,7 +100,7 @@ class Measured:
                                 [
                                     *self.times[linear.name][label],
                                     damage.get(label, 0.0),
-                                    weight_bytes(linear, label),
+                                    weight_bytes(linear, label, self.floats),
                                 ]
                             )
                             for label in labels
@@ -102,7 +113,11 @@ class Measured:
             site: {mode: np.array([*seconds, 0.0, 5.0]) for mode, seconds in modes.items()}
             for site, modes in self.conversions.items()
         }
-        return Problem(tuple(items), conversions)
+        savings: dict[str, dict[str, Cost]] = {
+            site: {mode: np.array([*seconds, 0.0, 0.0]) for mode, seconds in modes.items()}
+            for site, modes in self.savings.items()
+        }
+        return Problem(tuple(items), conversions, savings)
 
     @property
     def rest(self) -> Cost:
@@ -178,7 +193,8 @@ def decide(measured: Measured, config: CompileConfig, *, correction: float = 1.0
     chosen = {
         item.name: Choice(
             solution.labels[item.name],  # type: ignore[arg-type]
-            _reason(item, solution, free, problem, measured, config),
+            _reason(item, solution, free, problem, measured, config)
+            + _caution(measured.damage.get(item.name, {})),
         )
         for item in problem.items
     }
@@ -190,7 +206,7 @@ def scheme_choice(options: Mapping[str, Options]) -> dict[str, Choice]:
     return {name: found.default for name, found in options.items()}
 
 
-def weight_bytes(linear: Linear, label: Label) -> int:
+def weight_bytes(linear: Linear, label: Label, floats: Floats = "float32") -> int:
     """Bytes of one Linear's weight as it is stored.
 
     In float, a tied one costs nothing more than its embedding, and those that share one weight
@@ -198,11 +214,12 @@ def weight_bytes(linear: Linear, label: Label) -> int:
     """
     size = linear.in_features * linear.out_features
     blocks = -(-linear.in_features // BLOCK_SIZE) * linear.out_features
+    wide = FLOAT_BYTES[floats]
     if label == "float":
-        return 0 if linear.tied else 4 * size // linear.shared
+        return 0 if linear.tied else wide * size // linear.shared
     if label == "weight8" or label == "weight4":
         # The last block is padded.
-        return blocks * (BLOCK_SIZE * (8 if label == "weight8" else 4) // 8 + 4)
+        return blocks * (BLOCK_SIZE * (8 if label == "weight8" else 4) // 8 + wide)
     # How many copies a split makes is known later; this is the most.
     copies = linear.in_features // 8 * (linear.out_features + 12) if label == "split" else 0
     return size + 4 * linear.out_features + copies
@@ -238,14 +255,25 @@ def _reason(
     if label == "float":
         others = [k for k in options.labels if k != "float"]
         best = min(others, key=lambda k: float(_alone(item, k, problem).sum()))
+        if (_alone(item, best, problem) < _alone(item, "float", problem)).all():
+            return (
+                f"damage: {_compared(item, best, problem)} is not worth {item.costs[best][-2]:.1e}"
+            )
         return f"cost: {_compared(item, best, problem)}"
     return f"cost: {_compared(item, label, problem)}"
 
 
+def _caution(damage: Mapping[Label, float]) -> str:
+    return UNSEEN if damage and not any(damage.values()) else ""
+
+
 def _alone(item: Item, label: str, problem: Problem) -> Cost:
-    """Seconds at each shape, with a conversion that nothing else shares."""
+    """Seconds at each shape, with a conversion that nothing else shares, as cheap as it can be."""
     need = item.needs[label]
     conversion = 0.0 if need is None else problem.conversions[item.group][need]
+    if need is not None:
+        saved = problem.savings.get(item.group, {}).get(need, 0.0)
+        conversion = np.maximum(conversion - saved, 0.0)
     result: Cost = (item.costs[label] + conversion)[:-2]
     return result
 

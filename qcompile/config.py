@@ -68,6 +68,10 @@ class Recipe(_Frozen):
         # Unchecked: what is without effect in one rule may come of two that overlap.
         return SiteRule.model_construct(**merged)
 
+    def names(self, precision: str) -> bool:
+        """Whether a rule gives `precision` to any module."""
+        return any(rule.precision == precision for _, rule in self.rules)
+
     def unmatched(self, paths: list[str]) -> list[str]:
         """Globs that match none of `paths`: almost always a spelling mistake."""
         return [g for g, _ in self.rules if not any(fnmatch.fnmatchcase(p, g) for p in paths)]

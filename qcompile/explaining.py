@@ -35,6 +35,7 @@ def planning_row(decision: Decision, config: CompileConfig, kind: Kind) -> Plann
         measured=measured.taken,
         machine=dict(measured.machine),
         sensitivity=measured.how,
+        whole=measured.whole,
         front=[_front_row(point, decision) for point in decision.front()],
     )
 
@@ -44,6 +45,7 @@ def candidate_rows(decision: Decision) -> dict[str, list[CandidateRow]]:
     measured = decision.measured
     rows: dict[str, list[CandidateRow]] = {}
     for site in measured.sites:
+        savings = measured.savings.get(site.name, {})
         for linear in site.linears:
             name = linear.name
             # Float is shown where it was no option, too: it is what the others are measured by.
@@ -56,8 +58,9 @@ def candidate_rows(decision: Decision) -> dict[str, list[CandidateRow]]:
                         conversion=_micro(measured.conversions[site.name][label])
                         if label in INT8
                         else None,
+                        saved=_micro(saved) if (saved := savings.get(label)) else None,
                         damage=measured.damage.get(name, {}).get(label, 0.0),
-                        bytes=weight_bytes(linear, label),
+                        bytes=weight_bytes(linear, label, measured.floats),
                         chosen=decision.solution.labels[name] == label,
                     )
                     for label in labels

@@ -2,17 +2,21 @@
 
 Every op takes one of its labels; a label costs time (at each timed shape), damage and bytes. It may
 need a conversion of the op's input (quantise to uint8): ops of one group that need the same
-conversion pay for it once, and a group has at most one conversion. Minimising a weighted sum is
+conversion pay for it once, and a group has at most one conversion. A part of its cost may be saved
+where all ops of the group take it: then what makes the activation converts it as well, and nothing
+reads it as it was. Minimising a weighted sum is
 
 - with two labels an op, a minimum s-t cut: a node per op and per conversion, an infinite edge from
-  an op to the conversion that it needs (a submodular labelling; exact, solved by `networkx`);
-- otherwise, and under limits, a mixed-integer program (HiGHS through `scipy`), with the bound that
-  it proves.
+  an op to the conversion that it needs, and from a saving to each of its ops (a submodular
+  labelling; exact, solved by `networkx`);
+- with more, the best of each group for each of its conversions (exact: nothing joins two groups);
+- under limits, a mixed-integer program (HiGHS through `scipy`), with the bound that it proves.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -50,11 +54,13 @@ class Item:
 class Problem:
     """All ops, and what the conversions of a group's activation cost: group -> conversion -> cost.
 
-    Every cost is a vector of the same length.
+    Every cost is a vector of the same length. `savings` are the parts of a conversion's cost, not
+    negative, that a group is spared where all of its items take it.
     """
 
     items: tuple[Item, ...]
     conversions: Mapping[str, Mapping[str, Cost]]
+    savings: Mapping[str, Mapping[str, Cost]] = dataclasses.field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -77,7 +83,13 @@ class Problem:
                 raise ValueError(f"{item.group} cannot be both {used[item.group]} and {need}")
         for group, need in used.items():
             total += self.conversions[group][need]
+            if all(item.needs[labels[item.name]] == need for item in self.members(group)):
+                total -= self.savings.get(group, {}).get(need, 0.0)
         return total
+
+    def members(self, group: str) -> list[Item]:
+        """The items of `group`."""
+        return [item for item in self.items if item.group == group]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +100,7 @@ class Solution:
         labels: op -> label.
         cost: its cost vector.
         gap: how far, at most and relative to its value, it is from the optimum.
-        method: ``cut`` or ``milp``.
+        method: ``cut``, ``groups`` or ``milp``.
     """
 
     labels: Mapping[str, str]
@@ -110,10 +122,13 @@ def solve(problem: Problem, weights: Cost, limits: Cost | None = None) -> Soluti
     """
     if not problem.items:
         return Solution({}, np.zeros(0), 0.0, "cut")
-    if (limits is None or np.isinf(limits).all()) and _is_binary(problem):
-        labels = _cut(problem, weights)
-        return Solution(labels, problem.cost(labels), 0.0, "cut")
-    return _program(problem, weights, limits)
+    if limits is not None and not np.isinf(limits).all():
+        return _program(problem, weights, limits)
+    binary = _is_binary(problem)
+    labels = _cut(problem, weights) if binary else _by_group(problem, weights)
+    if labels is None:
+        return None
+    return Solution(labels, problem.cost(labels), 0.0, "cut" if binary else "groups")
 
 
 def front(problem: Problem, time: Cost, damage: Cost, *, most: int = 64) -> list[Solution]:
@@ -190,6 +205,12 @@ def _cut(problem: Problem, weights: Cost) -> dict[str, str]:
         if len(item.costs) == 1:
             only = next(iter(item.needs.values()))
             graph.add_edge(*(("source", node) if only is not None else (node, "sink")))
+    for group, savings in problem.savings.items():
+        for item in problem.members(group) if savings else ():
+            graph.add_edge(("saving", group), ("op", item.name))
+        for saving in savings.values():
+            capacity = round(float(weights @ saving) * unit)
+            graph.add_edge("source", ("saving", group), capacity=capacity)
     _, (converted, _) = nx.minimum_cut(graph, "source", "sink")
     labels = {}
     for item in problem.items:
@@ -198,8 +219,41 @@ def _cut(problem: Problem, weights: Cost) -> dict[str, str]:
     return labels
 
 
-def _program(problem: Problem, weights: Cost, limits: Cost | None) -> Solution | None:
-    """A binary variable per op and label, and per group and conversion."""
+def _by_group(problem: Problem, weights: Cost) -> dict[str, str] | None:
+    """For each group and each conversion that it may have, or none: the best label of every op."""
+    groups: dict[str, list[Item]] = {}
+    for item in problem.items:
+        groups.setdefault(item.group, []).append(item)
+    found: dict[str, str] = {}
+    for group, items in groups.items():
+        needs = {need for item in items for need in item.needs.values() if need is not None}
+        ways: list[tuple[set[str | None], float]] = [({None}, 0.0)]
+        for need in sorted(needs):
+            price = float(weights @ problem.conversions[group][need])
+            saving = problem.savings.get(group, {}).get(need, np.zeros(problem.width))
+            ways += [({None, need}, price), ({need}, price - float(weights @ saving))]
+        priced = []
+        for allowed, value in ways:
+            best = [_cheapest(item, weights, allowed) for item in items]
+            labels = [label for _, label in filter(None, best)]
+            if len(labels) == len(items):
+                priced.append((value + sum(cost for cost, _ in filter(None, best)), labels))
+        if not priced:
+            return None
+        labels = min(priced, key=lambda way: way[0])[1]
+        found |= {item.name: label for item, label in zip(items, labels, strict=True)}
+    return {item.name: found[item.name] for item in problem.items}
+
+
+def _cheapest(item: Item, weights: Cost, allowed: set[str | None]) -> tuple[float, str] | None:
+    """The best label of `item` that needs one of the conversions in `allowed`."""
+    costs = item.costs.items()
+    values = [(float(weights @ c), label) for label, c in costs if item.needs[label] in allowed]
+    return min(values, default=None)
+
+
+def _program(problem: Problem, weights: Cost, limits: Cost) -> Solution | None:
+    """A binary variable per op and label, per group and conversion, and per saving."""
     columns: list[Cost] = []
     index: dict[tuple[str, ...], int] = {}
     for item in problem.items:
@@ -210,6 +264,10 @@ def _program(problem: Problem, weights: Cost, limits: Cost | None) -> Solution |
         for conversion, cost in conversions.items():
             index["conversion", group, conversion] = len(columns)
             columns.append(cost)
+    for group, savings in problem.savings.items():
+        for conversion, saving in savings.items():
+            index["saving", group, conversion] = len(columns)
+            columns.append(-saving)
     costs = np.stack(columns, axis=1)
     rows: list[dict[int, float]] = []
     bounds: list[tuple[float, float]] = []
@@ -224,7 +282,13 @@ def _program(problem: Problem, weights: Cost, limits: Cost | None) -> Solution |
     for group, conversions in problem.conversions.items():
         rows.append({index["conversion", group, conversion]: 1.0 for conversion in conversions})
         bounds.append((0.0, 1.0))
-    for part, limit in enumerate(limits if limits is not None else ()):
+    for group, savings in problem.savings.items():
+        for conversion, item in itertools.product(savings, problem.members(group)):
+            row = {index["saving", group, conversion]: 1.0}
+            labels = [label for label, need in item.needs.items() if need == conversion]
+            rows.append(row | {index["op", item.name, label]: -1.0 for label in labels})
+            bounds.append((-np.inf, 0.0))
+    for part, limit in enumerate(limits):
         if np.isfinite(limit):
             # In units of the limit: bytes and seconds differ by fifteen orders of magnitude.
             unit = max(abs(float(limit)), float(costs[part].max(initial=0.0)), 1e-300)
@@ -244,11 +308,11 @@ def _program(problem: Problem, weights: Cost, limits: Cost | None) -> Solution |
         return None
     if result.x is None:
         raise PlanningError(f"no plan was found in {_SECONDS:g} seconds: {result.message}")
-    labels = {
+    found = {
         item.name: max(item.costs, key=lambda label, i=item: result.x[index["op", i.name, label]])  # type: ignore[misc]
         for item in problem.items
     }
-    return Solution(labels, problem.cost(labels), float(result.mip_gap or 0.0), "milp")
+    return Solution(found, problem.cost(found), float(result.mip_gap or 0.0), "milp")
 
 
 def _sparse(rows: list[dict[int, float]], width: int) -> sparse.csr_array:

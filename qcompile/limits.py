@@ -48,11 +48,27 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         )
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
+    if scheme.quantizes and not scheme.modes and not config.recipe.names("w8a8"):
+        for field in ("activations", "smooth", "ranges"):
+            if getattr(config, field) != CompileConfig.model_fields[field].default:
+                raise ConfigError(
+                    f"scheme {scheme.name} quantises no activations, so {field} has no effect"
+                )
     asked = [name for name in config.plans if name not in ("plan_in", "plan_out")]
     if config.objective not in ("latency", "scheme"):
         asked.append(f"objective {config.objective}")
-    if target.unmeasured is not None and asked:
+    if config.costs is not None and not target.runs_here and not config.costs.exists():
+        raise ConfigError(
+            f"there is no {config.costs}, and its times cannot be taken here",
+            hint="compile once with the same --costs file and --shapes on that machine",
+        )
+    if config.costs is None and target.unmeasured is not None and asked:
         raise ConfigError(f"{asked[0]} wants measured times: {target.unmeasured}")
+    if config.min_speedup is not None and config.costs is None and not target.runs_here:
+        raise ConfigError(
+            "min_speedup is a limit on the whole model, and the stored times are of Linears alone",
+            hint="--costs with a file of times that were taken on such a machine",
+        )
 
 
 def check_limits(config: CompileConfig, model: TracedModel) -> None:

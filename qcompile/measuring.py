@@ -18,17 +18,20 @@ from qcompile.config import CompileConfig
 from qcompile.costs import default_path, open_costs
 from qcompile.gradients import Gradients, Importance, measure_gradients
 from qcompile.linears import find_sites
+from qcompile.makers import maker_of
 from qcompile.options import Options
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
-from qcompile.precision import INT8, LABELS, MODES, Choice, Label
-from qcompile.probe import Prober, Shape
+from qcompile.precision import FLOAT_BYTES, INT8, LABELS, MODES, Choice, Floats, Label
+from qcompile.probe import Prober, Times
+from qcompile.probe_graphs import Shape
 from qcompile.progress import Step
 from qcompile.sensitivity import TOKENS, Damage, measure_damage, sampled_weight
 from qcompile.session import divisible, first_sample, open_session
 from qcompile.shapes import rows_of, shape_of
 from qcompile.smoothing import SmoothingPlan, plan_smoothing
 from qcompile.spill import release, spill
+from qcompile.stored import StoredTimes
 from qcompile.targets.base import Target
 from qcompile.torch_graph import UnsupportedOpError
 from qcompile.traced import Batch, TracedModel
@@ -68,15 +71,19 @@ def measure(
         model, stats, options, config, target, data.estimated, work, progress
     )
     here = target.machine()
-    table = open_costs(config.costs, here)
-    prober = Prober(target, table, work, measures=table.machine == here)
+    if target.stored is not None and config.costs is None and not target.runs_here:
+        times: Times = StoredTimes(open_costs(target.stored, here), target)
+    else:
+        table = open_costs(config.costs, here)
+        measures = table.machine == here and target.runs_here
+        times = Prober(target, table, work, measures=measures)
     session = open_session(float_path)
     feeds = [(shape_of(feed), feed) for feed in timed or [first_sample(session, data.held_back[0])]]
     del session
-    measured = measure_times(model.ir, float_path, options, feeds, prober, damage)
-    if prober.measured and config.costs is not None:
+    measured = measure_times(model.ir, float_path, options, feeds, times, damage, target)
+    if times.measured and config.costs is not None:
         table.write(config.costs)
-    elif prober.measured:
+    elif times.measured:
         with contextlib.suppress(OSError):  # a cache that cannot be kept is no failure
             table.write(default_path(here))
     return dataclasses.replace(measured, importance=importance, how=how)
@@ -87,8 +94,9 @@ def measure_times(
     float_path: Path,
     options: Mapping[str, Options],
     feeds: Sequence[tuple[tuple[int, int], Batch]],
-    prober: Prober,
+    prober: Times,
     damage: Damage,
+    target: Target,
 ) -> Measured:
     """Time every implementation of every op, and the whole float model, at each shape.
 
@@ -97,8 +105,9 @@ def measure_times(
         float_path: the same, lowered.
         options: of every Linear.
         feeds: (batch, sequence) and an input of that shape.
-        prober: with the table of times.
+        prober: has or takes the times.
         damage: of every op by label.
+        target: what makes an activation and quantises it in one kernel there.
     """
     sites = find_sites(model.graph)
     rows = rows_of(
@@ -109,6 +118,7 @@ def measure_times(
     )
     times: dict[str, dict[Label, list[float]]] = {}
     conversions: dict[str, dict[Label, list[float]]] = {}
+    savings: dict[str, dict[Label, list[float]]] = {}
     for site in sites:
         offered = [o for o in LABELS if any(o in options[n.name].labels for n in site.linears)]
         for linear in site.linears:
@@ -126,8 +136,21 @@ def measure_times(
             for label in INT8
             if label in offered
         }
-    float_times = prober.model(float_path, model.graph, feeds)
-    _fit(times, conversions, float_times)
+        maker = maker_of(site) if target.fuses else None
+        if maker in target.fuses and maker is not None:
+            savings[site.name] = {
+                label: [
+                    max(own - extra, 0.0) if extra is not None else 0.0
+                    for own, count in zip(seconds, rows[site.name], strict=True)
+                    for extra in [prober.fused(maker, label, count, site.channels)]
+                ]
+                for label, seconds in conversions[site.name].items()
+            }
+    whole = prober.model(float_path, model.graph, feeds)
+    alone = [sum(labels["float"][at] for labels in times.values()) for at in range(len(feeds))]
+    float_times = whole if whole is not None else alone
+    for each in (times, conversions, savings):
+        _fit(each, alone, float_times)
     weights = {linear.weight for site in sites for linear in site.linears if not linear.tied}
     tensors = (v.const_value for v in model.graph.initializers.values() if v not in weights)
     return Measured(
@@ -138,25 +161,33 @@ def measure_times(
         times=times,
         conversions=conversions,
         damage=damage,
-        other_bytes=sum(tensor.nbytes for tensor in tensors if tensor is not None),
-        machine=prober.table.machine,
+        other_bytes=sum(_bytes(tensor, target.floats) for tensor in tensors if tensor is not None),
+        machine=prober.machine,
         taken=prober.measured,
+        floats=target.floats,
+        whole=whole is not None,
+        savings=savings,
+        notes=prober.notes,
     )
+
+
+def _bytes(tensor: ir.TensorProtocol, floats: Floats) -> int:
+    wide = tensor.dtype == ir.DataType.FLOAT
+    return tensor.size * FLOAT_BYTES[floats] if wide else tensor.nbytes
 
 
 def _fit(
     times: Mapping[str, Mapping[Label, list[float]]],
-    conversions: Mapping[str, Mapping[Label, list[float]]],
+    alone: Sequence[float],
     float_times: Sequence[float],
 ) -> None:
     """Scale what was timed alone, in place, where it sums up to more than the whole float model.
 
     Small ops take longer alone: each run of a probe has a cost of its own.
     """
-    for at, whole in enumerate(float_times):
-        alone = sum(labels["float"][at] for labels in times.values())
-        factor = min(1.0, whole / alone) if alone > 0 else 1.0
-        for labels in (*times.values(), *conversions.values()):
+    for at, (linears, whole) in enumerate(zip(alone, float_times, strict=True)):
+        factor = min(1.0, whole / linears) if linears > 0 else 1.0
+        for labels in times.values():
             for seconds in labels.values():
                 seconds[at] *= factor
 
@@ -252,7 +283,9 @@ def damage_by_gradient(
         plans = trial_plans([site], stats, smoothing, own, config, target, weights)
         for linear in site.linears:
             seen = gradients.seen.pop(linear.name)
-            damage[linear.name] = measure_damage(linear, plans, seen, gradients.rows, scale)
+            damage[linear.name] = measure_damage(
+                linear, plans, seen, gradients.rows, scale, blockwise=target.blockwise
+            )
         release(model)
         if progress:
             progress(done + 1, len(sites))

@@ -10,11 +10,12 @@ from typing import Final
 
 import onnx_ir as ir
 
-from qcompile.config import Activations, CompileConfig
+from qcompile.config import Activations, CompileConfig, SiteRule
 from qcompile.errors import ConfigError, ModelError
 from qcompile.linears import Linear, Site
 from qcompile.outliers import can_split
 from qcompile.precision import INT8, Choice, Label
+from qcompile.schemes import Scheme
 from qcompile.targets.base import Target
 
 _NAMED: Final[Mapping[str, Label]] = {
@@ -42,18 +43,20 @@ class Options:
         return Choice(self.labels[0], self.reason)
 
 
-def find_options(sites: list[Site], config: CompileConfig, target: Target) -> dict[str, Options]:
+def find_options(
+    sites: list[Site], config: CompileConfig, scheme: Scheme, target: Target
+) -> dict[str, Options]:
     """The options of every Linear, by name.
 
     Raises:
         ConfigError: a recipe's glob matches nothing, gives ranges to activations that have none,
             mixes modes within one site, or asks for what the target has no kernel for.
     """
-    _check_recipe(sites, config, target)
+    _check_recipe(sites, config, scheme, target)
     options: dict[str, Options] = {}
     for site in sites:
         for linear in site.linears:
-            options[linear.name] = _options(linear, config, target)
+            options[linear.name] = _options(linear, config, scheme, target)
         rules = [
             config.recipe.rule_for(linear.name)
             for linear in site.linears
@@ -94,6 +97,12 @@ def _agree(site: Site, options: dict[str, Options]) -> None:
         options[name] = dataclasses.replace(found, labels=labels)
 
 
+def needs_ranges(options: Mapping[str, Options], chosen: Mapping[str, Choice]) -> bool:
+    """Whether any activation may be quantised; rounding weights alone needs no calibration."""
+    labels = {label for found in options.values() for label in found.labels}
+    return bool((labels | {choice.label for choice in chosen.values()}) & set(INT8))
+
+
 def require_any(options: Mapping[str, Options], graph: ir.Model) -> None:
     """Refuse to call a model quantised in which nothing can be.
 
@@ -112,7 +121,7 @@ def require_any(options: Mapping[str, Options], graph: ir.Model) -> None:
     raise ModelError(f"nothing can be quantised: {detail}", hint="--scheme fp32 compiles it as is")
 
 
-def _check_recipe(sites: list[Site], config: CompileConfig, target: Target) -> None:
+def _check_recipe(sites: list[Site], config: CompileConfig, scheme: Scheme, target: Target) -> None:
     names = [linear.name for site in sites for linear in site.linears]
     unmatched = config.recipe.unmatched(names)
     if unmatched:
@@ -122,6 +131,13 @@ def _check_recipe(sites: list[Site], config: CompileConfig, target: Target) -> N
         )
     for glob, rule in config.recipe.rules:
         matched = [name for name in names if fnmatchcase(name, glob)]
+        given = rule.model_fields_set - {"precision"}
+        if given and not scheme.modes and not config.recipe.names("w8a8"):
+            raise ConfigError(
+                f"recipe rule {glob!r} gives {min(given)}, and scheme {scheme.name} quantises no "
+                "activations",
+                hint="add `precision: w8a8`",
+            )
         modes = [_modes(name, config, target) for name in matched]
         if rule.ranges is not None and all("static" not in found for found in modes):
             raise ConfigError(
@@ -131,7 +147,12 @@ def _check_recipe(sites: list[Site], config: CompileConfig, target: Target) -> N
             )
 
 
-def _options(linear: Linear, config: CompileConfig, target: Target) -> Options:
+def _has_mode(rule: SiteRule, scheme: Scheme) -> bool:
+    """Whether activations that `rule` is for may be quantised."""
+    return rule.precision == "w8a8" or (rule.precision is None and bool(scheme.modes))
+
+
+def _options(linear: Linear, config: CompileConfig, scheme: Scheme, target: Target) -> Options:
     rule = config.recipe.rule_for(linear.name)
     if rule.precision == "float":
         return Options(("float",), "recipe")
@@ -142,6 +163,11 @@ def _options(linear: Linear, config: CompileConfig, target: Target) -> Options:
         if label == "split" and not can_split(linear.in_features):
             raise ConfigError(f"{linear.name} has too few input channels to be split")
         return Options((label,), "recipe")
+    if not _has_mode(rule, scheme):
+        labels = tuple(k for k in scheme.labels if target.capability("MatMul", k) is not None)
+        if not labels:
+            return Options(("float",), f"{target.name} has no kernel for {scheme.labels[0]}")
+        return Options((*labels, "float"), _scheme_reason(linear, scheme))
     refusal = target.refusal(linear.in_features, linear.out_features)
     if refusal is not None:
         if rule.precision == "w8a8":
@@ -165,15 +191,15 @@ def _options(linear: Linear, config: CompileConfig, target: Target) -> Options:
     if rule.activations is not None:
         return Options(modes, "recipe")
     further = _further(linear, config, target)
-    return Options((*modes, "float", *further), _scheme_reason(linear))
+    return Options((*modes, "float", *further), _scheme_reason(linear, scheme))
 
 
-def _scheme_reason(linear: Linear) -> str:
+def _scheme_reason(linear: Linear, scheme: Scheme) -> str:
     if linear.tied:
-        return "scheme w8a8; the embedding that shares the weight keeps it in float"
+        return f"scheme {scheme.name}; the embedding that shares the weight keeps it in float"
     if linear.shared > 1:
-        return f"scheme w8a8; {linear.shared} ops share the weight, int8 for each"
-    return "scheme w8a8"
+        return f"scheme {scheme.name}; {linear.shared} ops share the weight, codes for each"
+    return f"scheme {scheme.name}"
 
 
 def _further(linear: Linear, config: CompileConfig, target: Target) -> tuple[Label, ...]:

@@ -24,7 +24,7 @@ from qcompile.gradients import Importance
 from qcompile.limits import broken_limits, check_limits, check_plan_paths, check_target
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
-from qcompile.options import find_options, require_any
+from qcompile.options import find_options, needs_ranges, require_any
 from qcompile.passes.attention_3d import AttentionTo3D
 from qcompile.passes.canonical_linear import CanonicalLinear
 from qcompile.passes.fuse_attention import FuseAttention
@@ -36,7 +36,7 @@ from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
 from qcompile.planfile import PLAN, PlanFile
 from qcompile.planning import float_plan, plan_precision
-from qcompile.precision import Choice, Floats, PrecisionPlan
+from qcompile.precision import Choice, PrecisionPlan
 from qcompile.progress import Phases, Step
 from qcompile.report import Report
 from qcompile.reporting import make_report, site_rows
@@ -126,7 +126,18 @@ def _compile(
         data = _calibration_data(calibration, model, config, scheme, work, step)
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
-    reference_path = _lowered_float(model, target, "float32", work)
+    reference = model.ir.clone()
+    run(reference, target.lower(PrecisionPlan()))
+    reference_path = work / "float.onnx"
+    ir.save(reference, reference_path)
+    baseline_path = reference_path
+    if scheme.quantizes and target.floats != "float32":
+        # The same in the type of what is not quantised: this a quantised model has to beat.
+        reference = model.ir.clone()
+        run(reference, target.lower(PrecisionPlan(floats=target.floats)))
+        baseline_path = work / "baseline.onnx"
+        ir.save(reference, baseline_path, external_data="baseline.onnx.data")
+    del reference
 
     graph, decision = model.ir.clone(), None
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
@@ -137,18 +148,20 @@ def _compile(
         replayed = PlanFile.read(config.plan_in) if config.plan_in else None
         if replayed:
             config = config.model_copy(update={"recipe": replayed.recipe})
-        options = find_options(sites, config, target)
+        options = find_options(sites, config, scheme, target)
         require_any(options, graph)
         chosen = replayed.chosen(options, sites, target) if replayed else scheme_choice(options)
-        with phases.phase("calibrate") as step:
-            stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
-            stats = calibrate(
-                graph, sites, data.calibration, work, histogram_stride=stride, progress=step
-            )
-        if replayed is None and config.objective != "scheme" and target.unmeasured is None:
+        if needs_ranges(options, chosen):
+            with phases.phase("calibrate") as step:
+                stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
+                stats = calibrate(
+                    graph, sites, data.calibration, work, histogram_stride=stride, progress=step
+                )
+        measurable = target.unmeasured is None or config.costs is not None
+        if replayed is None and config.objective != "scheme" and measurable:
             with phases.phase("plan") as step:
                 measured = measure(
-                    model, reference_path, options, stats, data, timed, config, target, work, step
+                    model, baseline_path, options, stats, data, timed, config, target, work, step
                 )
                 decision = decide(measured, config)
                 chosen = decision.chosen
@@ -181,7 +194,7 @@ def _compile(
             model.kind,
             data.held_back,
             timed,
-            baseline=_baseline(model, target, scheme, work),
+            baseline_path=baseline_path,
             progress=step,
         )
         here = decision is None or not decision.foreign(target)
@@ -198,24 +211,6 @@ def _compile(
     )  # fmt: skip
     artifact.complete(folder, model, target, report, plan, config, data.held_back[0], traced_path)
     return report
-
-
-def _lowered_float(model: TracedModel, target: Target, floats: Floats, work: Path) -> Path:
-    """The float graph as the target runs it, in `floats`."""
-    graph = model.ir.clone()
-    run(graph, target.lower(PrecisionPlan(floats=floats)))
-    path = work / f"{floats}.onnx"
-    ir.save(graph, path)
-    return path
-
-
-def _baseline(
-    model: TracedModel, target: Target, scheme: Scheme, work: Path
-) -> tuple[Path, Floats] | None:
-    """What quantising has to beat: the float graph in the type that the target is fastest in."""
-    if not scheme.quantizes or not target.runs_here or target.floats == "float32":
-        return None
-    return _lowered_float(model, target, target.floats, work), target.floats
 
 
 def _apply(

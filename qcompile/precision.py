@@ -24,6 +24,8 @@ for static INT8 with outlier channels on several channels each (`qcompile.outlie
 Floats: TypeAlias = Literal["float32", "float16"]
 """The type of what stays floating point."""
 
+FLOAT_BYTES: Final[dict[Floats, int]] = {"float32": 4, "float16": 2}
+
 LABELS: Final[tuple[Label, ...]] = get_args(Label)
 MODES: Final[tuple[Activations, ...]] = get_args(Activations)
 INT8: Final[tuple[Label, ...]] = (*MODES, "split")

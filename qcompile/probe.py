@@ -9,71 +9,72 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qcompile.costs import CostTable
 from qcompile.errors import ConfigError
-from qcompile.linears import find_linears, is_constant
-from qcompile.outliers import Split
-from qcompile.passes.constants import constant
+from qcompile.linears import is_constant
+from qcompile.makers import Maker
 from qcompile.passes.quantize import Quantize
 from qcompile.precision import (
     INT8,
-    ActivationQuant,
-    Choice,
     Label,
-    OpPlan,
-    PrecisionPlan,
-    QuantizedWeight,
-    SitePlan,
+)
+from qcompile.probe_graphs import (
+    RANDOM,
+    Shape,
+    cut_to_activations,
+    linear_graph,
+    maker_graph,
+    plan_of,
+    uncast_inputs,
 )
 from qcompile.session import open_session
 from qcompile.shapes import shape_of
 from qcompile.targets.base import Target
-from qcompile.timing import steady_medians
+from qcompile.timing import placed, runner, steady_medians
 from qcompile.traced import Batch
-from qcompile.weight_blocks import BITS, BLOCK_SIZE
 
 Feed: TypeAlias = tuple[tuple[int, int], Batch]
 """(batch, sequence), and an input of that shape."""
 
-_CACHE_BYTES: Final = 48 << 20
-"""The float weights of one probe fill about this much: more than a core's share of any cache."""
-
 _MOST_COPIES: Final = 8
-_OUTLIERS, _COPIES = 4, 4
-"""Of a split that is timed: a usual one."""
+_LEAST: Final = 0.1
+"""Part of a probe's time that is its kernels' at least: the conversion was timed apart, and noise
+could leave nothing of a small op."""
 
 _MOST_BYTES: Final = 64 << 20
-"""A wider Linear is timed in part; its time is proportional to its width."""
+"""A wider Linear is timed in part, unless the target asks for larger probes; its time is
+proportional to its width."""
+
+_PART: Final = 64
+"""Its part is a multiple of this where it can be: kernels take no odd ones."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A Linear as the kernel sees it: rows × depth × width, with a bias or without."""
+_WARM: Final = 1.0
+"""Seconds in which a device that had nothing to do wakes up."""
 
-    rows: int
-    depth: int
-    width: int
-    bias: bool
-
-    def key(self, label: str) -> str:
-        """Of its time in a cost table."""
-        return f"{label} {self.rows}x{self.depth}x{self.width}{'+bias' if self.bias else ''}"
+IDLE: Final = "run"
+"""Key of the time of a run that does next to nothing."""
 
 
 def conversion_key(label: Label, rows: int, depth: int) -> str:
     """Key of the time to quantise an activation [rows, depth]."""
     return f"quantize-{label} {rows}x{depth}"
+
+
+def maker_key(maker: Maker, label: Label, rows: int, depth: int) -> str:
+    """Key of the time of what makes an activation [rows, depth], quantised as `label` or float."""
+    return f"{maker}{'' if label == 'float' else f'-{label}'} {rows}x{depth}"
 
 
 def model_key(graph: ir.Graph, feed: Batch) -> str:
@@ -93,6 +94,38 @@ def model_key(graph: ir.Graph, feed: Batch) -> str:
     return f"model-{digest} {batch}x{sequence}"
 
 
+class Times(Protocol):
+    """Where a choice has its times from."""
+
+    @property
+    def machine(self) -> Mapping[str, str]:
+        """Where they were taken."""
+
+    @property
+    def measured(self) -> int:
+        """How many were taken for this compilation."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader of the report has to know of them."""
+
+    def linear(self, shape: Shape, labels: Sequence[Label]) -> dict[Label, float]:
+        """Seconds of one Linear by label, its activation's conversion left out."""
+
+    def conversion(self, label: Label, rows: int, depth: int) -> float:
+        """Seconds to quantise an activation, after `linear` was asked for the same."""
+
+    def fused(self, maker: Maker, label: Label, rows: int, depth: int) -> float | None:
+        """Seconds that `maker` takes longer (less than 0: shorter) where it quantises what it
+        makes; None: not known."""
+
+    def model(self, path: Path, graph: ir.Graph, feeds: Sequence[Feed]) -> list[float] | None:
+        """Seconds of the whole float graph in `path` on each feed; None: not known."""
+
+
+_Opened: TypeAlias = tuple[tuple[int | str, ...], dict[Label, ort.InferenceSession]]
+
+
 @dataclasses.dataclass
 class Prober:
     """Looks times up in `table`, and measures what it lacks where that is allowed.
@@ -103,6 +136,7 @@ class Prober:
         work: folder for the probes' graphs.
         measures: False for the table of another machine.
         measured: how many times were taken in this run.
+        seconds: the most to spend on what is timed in turn, about.
     """
 
     target: Target
@@ -110,6 +144,15 @@ class Prober:
     work: Path
     measures: bool = True
     measured: int = 0
+    seconds: float = 2.0
+    notes: Sequence[str] = ()
+    _open: dict[str, _Opened] = dataclasses.field(default_factory=dict, repr=False)
+    _fed: dict[tuple[int, int, str], Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def machine(self) -> Mapping[str, str]:
+        """Of the table."""
+        return self.table.machine
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of `keys` that have to be measured.
@@ -128,7 +171,8 @@ class Prober:
 
     def linear(self, shape: Shape, labels: Sequence[Label]) -> dict[Label, float]:
         """Seconds of one Linear by label, its activation's conversion left out."""
-        keys = {label: shape.key(_kernel_label(label)) for label in labels}
+        as_ = self.target.timed_as
+        keys = {label: shape.key(as_.get(label, label)) for label in labels}
         conversions: dict[Label, str] = {
             mode: conversion_key(mode, shape.rows, shape.depth) for mode in INT8 if mode in labels
         }
@@ -142,39 +186,64 @@ class Prober:
         """Seconds to quantise an activation; `linear` has measured it."""
         return self.table.seconds[conversion_key(label, rows, depth)]
 
-    def model(self, path: Path, graph: ir.Graph, feeds: Sequence[Feed]) -> list[float]:
+    def fused(self, maker: Maker, label: Label, rows: int, depth: int) -> float | None:
+        """Seconds that `maker` takes longer where it quantises what it makes."""
+        both: tuple[Label, Label] = (label, "float")
+        keys: dict[Label, str] = {each: maker_key(maker, each, rows, depth) for each in both}
+        if self.missing(keys.values()):
+            self._measure_makers(maker, rows, depth, keys)
+        return self.table.seconds[keys[label]] - self.table.seconds[keys["float"]]
+
+    def model(self, path: Path, graph: ir.Graph, feeds: Sequence[Feed]) -> list[float] | None:
         """Seconds of the whole float graph in `path` on each feed."""
         keys = [model_key(graph, feed) for _, feed in feeds]
         if self.missing(keys):
-            session = open_session(path, spinning=False)
+            session = open_session(path, self.target.runtime(), spinning=False)
             for key, (_, feed) in zip(keys, feeds, strict=True):
-                wanted = {i.name: feed[i.name] for i in session.get_inputs()}
-                self._time({key: partial(session.run, None, wanted)})
+                self._time({key: runner(session, feed)})
         return [self.table.seconds[key] for key in keys]
 
     def _measure_conversions(self, rows: int, depth: int, keys: Mapping[Label, str]) -> None:
+        shape = Shape(rows, depth, 16, False)
+        build = partial(linear_graph, shape, _MOST_COPIES, sites=_MOST_COPIES, corners=False)
+        self._measure_activations("conversion", (depth,), build, rows, keys)
+
+    def _measure_makers(
+        self, maker: Maker, rows: int, depth: int, keys: Mapping[Label, str]
+    ) -> None:
+        build = partial(maker_graph, maker, depth, _MOST_COPIES)
+        self._measure_activations("maker", (depth, maker), build, rows, keys)
+
+    def _measure_activations(
+        self,
+        kind: str,
+        sizes: tuple[int, *tuple[int | str, ...]],
+        build: Callable[[], ir.Model],
+        rows: int,
+        keys: Mapping[Label, str],
+    ) -> None:
         runs = {}
-        for mode, key in keys.items():
-            model = _graph(Shape(rows, depth, 16, False), _MOST_COPIES, sites=_MOST_COPIES)
-            plan = _plan(model, mode)
-            _lower(model, plan, self.target)
-            _cut_to_conversions(model)
-            runs[key] = _runner(self._session(model), rows, depth)
+        for label, key in keys.items():
+            session = self._session(kind, sizes, label, build, cut=True)
+            runs[key] = self._runner(session, rows, sizes[0])
         self._time(runs, copies=dict.fromkeys(runs, _MOST_COPIES))
 
     def _measure_linears(
         self, shape: Shape, keys: Mapping[Label, str], conversions: Mapping[Label, str]
     ) -> None:
-        part = max(min(shape.width, _MOST_BYTES // (4 * shape.depth)), 1)
+        room = max(self.target.probe_bytes, _MOST_BYTES) // (4 * shape.depth)
+        part = shape.width if shape.width <= room else max(room - room % _PART or room, 1)
         timed = dataclasses.replace(shape, width=part)
-        copies = int(np.clip(_CACHE_BYTES // (4 * timed.depth * timed.width), 1, _MOST_COPIES))
+        size = 4 * timed.depth * timed.width
+        copies = int(np.clip(self.target.probe_bytes // size, 1, _MOST_COPIES))
+        build = partial(linear_graph, timed, copies, sites=1, corners=self._corners)
+        sizes = (timed.depth, timed.width, timed.bias, copies)
         runs: dict[str, Callable[[], Any]] = {}
         for label, key in keys.items():
-            if key in runs:
+            if key in runs or key in self.table.seconds:
                 continue
-            model = _graph(timed, copies, sites=1)
-            _lower(model, _plan(model, label), self.target)
-            runs[key] = _runner(self._session(model), shape.rows, shape.depth)
+            session = self._session("linear", sizes, label, build)
+            runs[key] = self._runner(session, shape.rows, shape.depth)
         # Of labels that share a kernel the first is timed, with its own conversion.
         once = {
             keys[label]: self.table.seconds[conversions[label]]
@@ -192,120 +261,77 @@ class Prober:
         factor: float = 1.0,
     ) -> None:
         runs = {key: run for key, run in runs.items() if key not in self.table.seconds}
-        for key, seconds in steady_medians(runs).items():
-            each = (seconds - (once or {}).get(key, 0.0)) / (copies or {}).get(key, 1)
-            self.table.seconds[key] = max(each, 1e-9) * factor
+        idle = self._idle() if copies is not None else 0.0
+        for key, seconds in steady_medians(runs, seconds=self.seconds).items():
+            kernels = max(seconds - idle - (once or {}).get(key, 0.0), _LEAST * seconds)
+            self.table.seconds[key] = kernels / (copies or {}).get(key, 1) * factor
             self.measured += 1
 
-    def _session(self, model: ir.Model) -> ort.InferenceSession:
-        path = self.work / "probe.onnx"
-        ir.save(model, path, external_data="probe.onnx.data", size_threshold_bytes=1024)
-        session = open_session(path, spinning=False)
-        for file in (path, self.work / "probe.onnx.data"):
-            file.unlink(missing_ok=True)
-        return session
+    def _idle(self) -> float:
+        """Seconds of a run that does next to nothing: on a device, much of what a probe takes.
 
+        Before the first time is taken, the device is kept busy until it is awake.
+        """
+        if self._corners:
+            return 0.0
+        if self.measured == 0:
+            build = partial(maker_graph, "Relu", 32, 1)
+            run = self._runner(self._session(IDLE, (), "float", build, cut=True), 1, 32)
+            end = time.perf_counter() + _WARM
+            while time.perf_counter() < end:
+                run()
+            self._time({IDLE: run})
+        return self.table.seconds[IDLE]
 
-def _kernel_label(label: Label) -> str:
-    """Static and dynamic activations meet the same kernel: one time for both."""
-    return "static" if label == "dynamic" else label
+    @property
+    def _corners(self) -> bool:
+        """On a device results can stay where they are; others are cut, so that none is copied."""
+        return self.target.runtime().device == "cpu"
 
+    def _lower(self, model: ir.Model, label: Label) -> None:
+        plan = plan_of(model, label, self.target.floats)
+        for pass_ in (Quantize(plan), *self.target.lower(plan)):
+            pass_(model)
+        uncast_inputs(model.graph)
 
-def _graph(shape: Shape, copies: int, *, sites: int) -> ir.Model:
-    """`copies` Linears that read one of `sites` inputs each; a corner of each result goes out."""
-    rng = np.random.default_rng(0)
-    inputs = [
-        ir.Value(
-            name=f"x{at}",
-            shape=ir.Shape([1, shape.rows, shape.depth]),
-            type=ir.TensorType(ir.DataType.FLOAT),
-        )
-        for at in range(sites)
-    ]
-    graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 23}, name="probe")
-    # Its content does not change its time: one random block serves all.
-    weight = rng.standard_normal((shape.depth, shape.width), np.float32)
-    zeros = constant(graph, "zeros", np.zeros(3, np.int64))
-    ones = constant(graph, "ones", np.ones(3, np.int64))
-    for at in range(copies):
-        tape = ir.tape.Tape()
-        y = tape.op("MatMul", [inputs[at % sites], constant(graph, f"w{at}", np.roll(weight, at))])
-        if shape.bias:
-            y = tape.op("Add", [y, constant(graph, f"b{at}", weight[0] + at)])
-        corner = tape.op("Slice", [y, zeros, ones])
-        corner.name, corner.dtype = f"y{at}", ir.DataType.FLOAT
-        for node in tape.nodes:
-            node.name = f"op{at}" if node.op_type == "MatMul" else f"op{at}/{node.op_type}"
-        graph.extend(list(tape.nodes))
-        graph.outputs.append(corner)
-    return ir.Model(graph, ir_version=10)
+    def _session(
+        self,
+        kind: str,
+        sizes: tuple[int | str, ...],
+        label: Label,
+        build: Callable[[], ir.Model],
+        *,
+        cut: bool = False,
+    ) -> ort.InferenceSession:
+        """It takes any number of rows; of each kind those of the last sizes stay open."""
+        if kind not in self._open or self._open[kind][0] != sizes:
+            self._open[kind] = (sizes, {})
+        sessions = self._open[kind][1]
+        if label not in sessions:
+            model = build()
+            self._lower(model, label)
+            if cut:
+                cut_to_activations(model, self._corners)
+            sessions[label] = self._opened(model)
+        return sessions[label]
 
+    def _opened(self, model: ir.Model) -> ort.InferenceSession:
+        with tempfile.TemporaryDirectory(dir=self.work, prefix="probe-") as folder:
+            path = self.target.emit(model, Path(folder))
+            return open_session(path, self.target.runtime(), spinning=False)
 
-def _plan(model: ir.Model, label: Label) -> PrecisionPlan:
-    """Every Linear of a probe as `label`, with codes of no meaning."""
-    if label == "float":
-        return PrecisionPlan()
-    rng = np.random.default_rng(1)
-    ops, sites = [], []
-    by_input: dict[ir.Value, list[str]] = {}
-    precision = Choice(label, "").precision
-    linears = find_linears(model.graph)
-    bits = BITS.get(precision, 8)
-    half = 2 ** (bits - 1)
-    codes = rng.integers(1 - half, half, (linears[0].in_features, linears[0].out_features), np.int8)
-    split = None
-    if label == "split":
-        split = Split(np.arange(_OUTLIERS), max(1, min(_COPIES, len(codes) // 8 // _OUTLIERS)))
-        codes = split.extend(codes)
-    for at, linear in enumerate(linears):
-        depth, width = linear.in_features, linear.out_features
-        block = BLOCK_SIZE if precision in BITS else None
-        scale = np.full((-(-depth // block), width) if block else width, 0.01, np.float32)
-        weight = QuantizedWeight(np.roll(codes, at), scale, block, bits)
-        name = linear.name
-        ops.append(OpPlan(name, str(linear.x.name), precision, "", depth, width, "", weight))
-        by_input.setdefault(linear.x, []).append(name)
-    for x, names in by_input.items():
-        mode = Choice(label, "").mode
-        if mode is not None:
-            activation = ActivationQuant(
-                mode,
-                0.05 if mode == "static" else None,
-                128 if mode == "static" else None,
-                np.full(len(codes), 255),
-                split,
-            )
-            sites.append(SitePlan(str(x.name), str(x.name), activation, tuple(names)))
-    return PrecisionPlan(tuple(sites), tuple(ops))
-
-
-def _lower(model: ir.Model, plan: PrecisionPlan, target: Target) -> None:
-    for pass_ in (Quantize(plan), *target.lower(plan)):
-        pass_(model)
-
-
-def _cut_to_conversions(model: ir.Model) -> None:
-    """Leave what makes the kernels' first inputs, a corner of each as output."""
-    graph = model.graph
-    names = {str(node.name): node for node in graph}
-    kernels = [node for name, node in names.items() if re.fullmatch(r"op\d+", name)]
-    zeros, ones = graph.initializers["zeros"], graph.initializers["ones"]
-    graph.outputs.clear()
-    for at, node in enumerate(kernels):
-        x = node.inputs[0]
-        assert x is not None
-        tape = ir.tape.Tape()
-        corner = tape.op("Slice", [x, zeros, ones])
-        corner.name, corner.dtype = f"q{at}", ir.DataType.UINT8
-        for made in tape.nodes:
-            made.name = f"corner{at}"
-        graph.insert_after(node, list(tape.nodes))
-        graph.outputs.append(corner)
-    RemoveUnusedNodesPass()(model)
-
-
-def _runner(session: ort.InferenceSession, rows: int, depth: int) -> Callable[[], Any]:
-    rng = np.random.default_rng(2)
-    x = rng.standard_normal((1, rows, depth), np.float32)
-    feed = {i.name: x.copy() for i in session.get_inputs()}
-    return lambda: session.run(None, feed)
+    def _runner(self, session: ort.InferenceSession, rows: int, depth: int) -> Callable[[], Any]:
+        """All inputs are of one size; on a device they share one tensor of each type."""
+        device = self.target.runtime().device
+        if any(key[1] != depth for key in self._fed):
+            self._fed.clear()
+        feed = {}
+        for value in session.get_inputs():
+            key = (rows, depth, value.type)
+            if key not in self._fed:
+                block = np.random.default_rng(2).standard_normal(RANDOM, np.float32)
+                half = value.type == "tensor(float16)"
+                x = np.resize(block.astype(np.float16 if half else np.float32), (1, rows, depth))
+                self._fed[key] = x if device == "cpu" else placed(x, device)
+            feed[value.name] = self._fed[key].copy() if device == "cpu" else self._fed[key]
+        return runner(session, feed)

@@ -46,6 +46,7 @@ class CandidateRow(_Model):
         label: ``float``, an INT8 mode (``static``, ``dynamic``, ``token``) or a weight-only form.
         microseconds: of the kernel alone, at each shape of `Planning.shapes`.
         conversion: microseconds to quantise the activation, shared by all ops that read it.
+        saved: microseconds less where all of them do: what makes the activation quantises it.
         damage: its part of the output's divergence, estimated.
         bytes: of the weight.
         chosen: whether it is in the plan.
@@ -54,6 +55,7 @@ class CandidateRow(_Model):
     label: Label
     microseconds: list[float]
     conversion: list[float] | None
+    saved: list[float] | None = None
     damage: float
     bytes: int
     chosen: bool
@@ -87,11 +89,12 @@ class Planning(_Model):
         speed: predicted for the chosen plan, relative to float, at each shape.
         damage: predicted for the chosen plan.
         bytes: of all weights of the chosen plan.
-        method: ``cut`` (exact) or ``milp``.
+        method: ``cut``, ``groups`` (both exact) or ``milp``.
         gap: how far from the optimum the plan may be, relative.
         measured: times taken for this compilation; the others were in the table.
         machine: where times were taken.
         sensitivity: how damage was found.
+        whole: whether `speed` is of the whole model, or of its Linears alone.
         front: the Pareto front, fastest first.
     """
 
@@ -107,6 +110,7 @@ class Planning(_Model):
     measured: int
     machine: dict[str, str]
     sensitivity: str
+    whole: bool = True
     front: list[FrontRow]
 
 
@@ -139,15 +143,13 @@ class LeftoverRow(_Model):
 class Speed(_Model):
     """Time of the float graph over time of the compiled one, medians, taken in turn.
 
-    Threads sleep between runs; spinning, those of one session hold the cores of the other. On a
-    GPU, inputs and outputs stay in its memory. `floats` is the type that the float graph has.
+    Threads sleep between runs; spinning, those of one session hold the cores of the other.
     """
 
     batch: int
     sequence: int
     ratio: float
     rounds: int
-    floats: Floats = "float32"
 
 
 class Report(_Model):
@@ -166,6 +168,7 @@ class Report(_Model):
     bytes: int = 0
     accuracy: dict[str, float] = {}
     speed: list[Speed] = []
+    floats: Floats = "float32"
     kernels: dict[str, int] = {}
     sites: list[SiteRow] = []
     ops: list[OpRow] = []

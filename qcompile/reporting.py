@@ -42,7 +42,8 @@ def make_report(
     warnings = list(data.warnings) if scheme.quantizes else []
     if target.caveat:
         warnings.append(target.caveat)
-    if scheme.quantizes and target.unmeasured and config.objective != "scheme":
+    unplanned = scheme.quantizes and config.objective != "scheme" and config.costs is None
+    if unplanned and target.unmeasured and decision is None:
         warnings.append(target.unmeasured)
     warnings += [
         f"at {speed.batch}×{speed.sequence} the compiled model is slower than float on this "
@@ -54,7 +55,9 @@ def make_report(
         warnings.append(
             "every op stays in float: no other plan is better for the objective and the limits"
         )
-    if decision is not None and decision.foreign(target):
+    if decision is not None and decision.measured.notes:
+        warnings += decision.measured.notes
+    elif decision is not None and decision.foreign(target):
         warnings.append(
             "the plan was made from times of another machine: "
             + ", ".join(decision.measured.machine.values())
@@ -80,6 +83,7 @@ def make_report(
         sites=sites,
         ops=[_op_row(op, plan, findings, sqnr, candidates.get(op.name, [])) for op in plan.ops],
         planning=planning_row(decision, config, model.kind) if decision is not None else None,
+        floats=target.floats if scheme.quantizes else "float32",
         leftovers=[
             LeftoverRow(name=left.name, op=left.op, reason=left.reason)
             for left in (find_leftovers(model.ir.graph) if scheme.quantizes else ())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
+from qcompile.config import Activations
 from qcompile.errors import ConfigError
-from qcompile.precision import Floats
+from qcompile.precision import MODES, Floats, Label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,23 +16,35 @@ class Scheme:
 
     Attributes:
         name: as on the command line.
-        quantizes: whether anything is calibrated and quantised.
         summary: one line for `qcompile schemes`.
+        labels: the implementations that it names; of several modes, the target says which first.
         floats: the type of what stays floating point; None: the one that the target is fastest in.
     """
 
     name: str
-    quantizes: bool
     summary: str
+    labels: tuple[Label, ...] = ()
     floats: Floats | None = None
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is."""
+        return bool(self.labels)
+
+    @property
+    def modes(self) -> tuple[Activations, ...]:
+        """How it lets activations be quantised; none where only weights are."""
+        return tuple(mode for mode in MODES if mode in self.labels)
 
 
 SCHEMES: Final = {
     scheme.name: scheme
     for scheme in (
-        Scheme("fp32", False, "traced and fused, nothing quantised: the baseline", "float32"),
-        Scheme("fp16", False, "as fp32, in float16: the baseline on a GPU", "float16"),
-        Scheme("w8a8", True, "int8 weights per output channel, 8-bit activations, SmoothQuant"),
+        Scheme("fp32", "traced and fused, nothing quantised: the baseline", floats="float32"),
+        Scheme("fp16", "as fp32, in float16: the baseline on a GPU", floats="float16"),
+        Scheme("w8a8", "int8 weights per output channel, 8-bit activations, SmoothQuant", MODES),
+        Scheme("w8a16", "int8 weights per block of 32, rounded to nearest", ("weight8",)),
+        Scheme("w4a16", "int4 weights per block of 32, rounded to nearest", ("weight4",)),
     )
 }
 

@@ -59,6 +59,8 @@ def measure_damage(
     seen: Sequence[Seen],
     rows: float,
     scale: Array | None = None,
+    *,
+    blockwise: bool = True,
 ) -> dict[Label, float]:
     """The damage of one op by each plan that quantises it.
 
@@ -69,6 +71,7 @@ def measure_damage(
         seen: what the op did.
         rows: of the model's output, over which the divergence is a mean.
         scale: s that its input channels are to be smoothed by, [K].
+        blockwise: see `Target.blockwise`.
     """
     ops = {label: plan.op(linear.name) for label, plan in plans.items()}
     weights = {label: op.weight for label, op in ops.items() if op.weight is not None}
@@ -86,7 +89,9 @@ def measure_damage(
         site = plans[label].site(ops[label].site)
         split = site.activation.split if site is not None else None
         rounded = [
-            quantized_activation(each.x / s, ops[label], plans[label], each.extremes / s)
+            quantized_activation(
+                each.x / s, ops[label], plans[label], each.extremes / s, blockwise=blockwise
+            )
             for each in seen
         ]
         missed = torch.cat([_folded(each, split, torch.sum) for each in rounded]) - x
@@ -111,7 +116,12 @@ def _folded(values: Tensor, split: Split | None, fold: Callable[..., Tensor]) ->
 
 
 def quantized_activation(
-    x: Tensor, op: OpPlan, plan: PrecisionPlan, extremes: Tensor | None = None
+    x: Tensor,
+    op: OpPlan,
+    plan: PrecisionPlan,
+    extremes: Tensor | None = None,
+    *,
+    blockwise: bool = True,
 ) -> Tensor:
     """x̂: `x` [..., K] as the kernel of a planned op sees it, in float; copies are appended.
 
@@ -120,8 +130,11 @@ def quantized_activation(
         op: of `plan`.
         plan: says how its activation is quantised.
         extremes: the smallest and the largest value of all rows are among these; None: of `x`.
+        blockwise: see `Target.blockwise`.
     """
     if op.precision != "int8":
+        if not blockwise:
+            return x
         assert op.weight is not None and op.weight.block_size is not None
         return _per_block(x, op.weight.block_size)
     site = plan.site(op.site)

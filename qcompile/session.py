@@ -33,9 +33,19 @@ class Runtime:
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stand_in: str | None = None
 
+    @property
+    def device(self) -> str:
+        """Where the preferred provider's tensors lie, as ONNX Runtime names it: ``cuda``."""
+        return device_of(self.providers[0])
+
 
 HERE: Final = Runtime()
 """The CPU provider, under default options."""
+
+
+def device_of(provider: str) -> str:
+    """``cuda`` of ``CUDAExecutionProvider``, and the like."""
+    return provider.removesuffix("ExecutionProvider").lower()
 
 
 def open_session(

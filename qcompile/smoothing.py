@@ -98,7 +98,7 @@ def plan_smoothing(
 
     Args:
         sites: in graph order.
-        stats: by site name, with histograms.
+        stats: by site name, with histograms; of sites that are going to be INT8.
         config: `smooth` and the recipe.
         chosen: which Linears are going to be INT8; a site without any is left alone.
         replayed: α by site, of an earlier plan, in place of `smooth`.
@@ -114,7 +114,7 @@ def plan_smoothing(
         forced = site.name in (replayed or {})
         moments = partial(_moments, site, columns, importance)
         entry = _plan_site(
-            site, linears, stats[site.name], smooth, forced, columns, chosen, moments
+            site, linears, stats.get(site.name), smooth, forced, columns, chosen, moments
         )
         entries.append(entry)
         producer = entry.producer
@@ -127,7 +127,7 @@ def plan_smoothing(
 def _plan_site(
     site: Site,
     linears: list[Linear],
-    stats: Stats,
+    stats: Stats | None,
     smooth: Smooth,
     forced: bool,
     columns: Mapping[str, Array],
@@ -139,7 +139,7 @@ def _plan_site(
     if not planned:
         return dataclasses.replace(nothing, reason="not quantised")
     activations = chosen[planned[0].name].mode
-    assert activations is not None
+    assert activations is not None and stats is not None
     if smooth == "off":
         return dataclasses.replace(nothing, reason="off, as asked")
     producer = find_producer(site, linears)

@@ -41,9 +41,10 @@ def print_summary(artifact: Artifact, console: Console) -> None:
         label, form = _FIGURES.get(name, (name, "{:.4g}"))
         table.add_row(label, form.format(value))
     for speed in report.speed:
+        baseline = "float" if report.floats == "float32" else report.floats
         table.add_row(
             f"speed at {speed.batch}×{speed.sequence}",
-            f"{speed.ratio:.2f}× {speed.floats}, same process",
+            f"{speed.ratio:.2f}× {baseline}, same process",
         )
     table.add_row(
         "measured on", f"{report.held_back} held-back samples ({escape(report.calibration)})"
@@ -106,17 +107,19 @@ def _print_planning(report: Report, planning: Planning, console: Console) -> Non
         table.add_row(escape(op.name), *(_candidate(cells.get(label)) for label in labels))
     console.print(table)
     limits = "".join(f", {name} {value:g}" for name, value in planning.limits.items())
-    front = Table(title=f"predicted speed against {planning.unit}: {planning.objective}{limits}")
+    speed = "speed" if planning.whole else "speed of the Linears"
+    title = f"predicted {speed} against {planning.unit}: {planning.objective}{limits}"
+    front = Table(title=title)
     for column in ("", "speed", planning.unit, "weights", "ops", "change from the plan"):
         front.add_column(column, overflow="fold")
     points = [(p.speed, p.damage, p.bytes, p.ops, p.changes) for p in planning.front]
     if all(changes for *_, changes in points):
         own = Counter[str](c.label for op in report.ops for c in op.candidates if c.chosen)
         points.append((planning.speed, planning.damage, planning.bytes, {**own}, {}))
-    for speed, damage, size, counts, changes in sorted(points, key=lambda p: p[1], reverse=True):
+    for speeds, damage, size, counts, changes in sorted(points, key=lambda p: p[1], reverse=True):
         front.add_row(
             "" if changes else "→",
-            ", ".join(f"{ratio:.2f}" for ratio in speed),
+            ", ".join(f"{ratio:.2f}" for ratio in speeds),
             f"{damage:.3g}",
             _megabytes(size),
             ", ".join(f"{n} {label}" for label, n in counts.items()),

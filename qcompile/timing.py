@@ -9,6 +9,8 @@ from typing import Any
 
 import onnxruntime as ort
 
+from qcompile.session import device_of
+
 
 def speed_ratio(
     slow: ort.InferenceSession,
@@ -21,8 +23,7 @@ def speed_ratio(
 ) -> tuple[float, int]:
     """Median time of `slow` over median time of `fast`, and the number of rounds.
 
-    The two run in turn, so that a drifting clock meets both alike; absolute times are not kept. On
-    a GPU, inputs and outputs stay in its memory.
+    The two run in turn, so that a drifting clock meets both alike; absolute times are not kept.
 
     Args:
         slow, fast: sessions that take `feed` (names they do not know are left out).
@@ -30,7 +31,7 @@ def speed_ratio(
         seconds: how long to measure, about.
         min_rounds, max_rounds: bounds on the rounds.
     """
-    runs = [_runner(slow, feed), _runner(fast, feed)]
+    runs = [runner(slow, feed), runner(fast, feed)]
     for run in runs:
         run()
     times: tuple[list[float], list[float]] = ([], [])
@@ -43,17 +44,38 @@ def speed_ratio(
     return statistics.median(times[0]) / statistics.median(times[1]), len(times[0])
 
 
-def _runner(session: ort.InferenceSession, feed: Mapping[str, Any]) -> Callable[[], Any]:
+def runner(session: ort.InferenceSession, feed: Mapping[str, Any]) -> Callable[[], Any]:
+    """Runs `session` on `feed` to its end.
+
+    Where the session is on a device, inputs and outputs lie in its memory: copying them is no part
+    of the time.
+
+    Args:
+        session: open.
+        feed: arrays, or what lies on the device already; names it does not know are left out.
+    """
     wanted = {i.name: feed[i.name] for i in session.get_inputs()}
-    if session.get_providers()[0] != "CUDAExecutionProvider":
-        return lambda: session.run(None, wanted)
-    # In the GPU's memory: copying logits there and back can take longer than computing them.
+    device = device_of(session.get_providers()[0])
+    return (
+        (lambda: session.run(None, wanted)) if device == "cpu" else bound(session, wanted, device)
+    )
+
+
+def bound(session: ort.InferenceSession, feed: Mapping[str, Any], device: str) -> Callable[[], Any]:
+    """Runs `session` with inputs and outputs bound to the memory of `device`."""
     binding = session.io_binding()
-    for name, array in wanted.items():
-        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, "cuda"))
+    for name, value in feed.items():
+        binding.bind_ortvalue_input(name, placed(value, device))
     for output in session.get_outputs():
-        binding.bind_output(output.name, "cuda")
+        binding.bind_output(output.name, device)
     return lambda: session.run_with_iobinding(binding)
+
+
+def placed(value: Any, device: str) -> Any:
+    """`value`, an array or what lies on the device already, on `device`."""
+    if isinstance(value, ort.OrtValue):
+        return value
+    return ort.OrtValue.ortvalue_from_numpy(value, device)
 
 
 def steady_medians(

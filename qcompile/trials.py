@@ -41,7 +41,7 @@ def trial_plans(
             )
         else:
             seen = {s.name: stats[s.name].scaled(smoothing.scale_of(s.name)) for s in sites}
-            plans[label] = _given(donor, label, sites, seen, chosen, config)
+            plans[label] = _given(donor, label, sites, seen, chosen, config, target)
     return plans
 
 
@@ -62,6 +62,7 @@ def _given(
     stats: Mapping[str, Stats],
     chosen: Mapping[str, Choice],
     config: CompileConfig,
+    target: Target,
 ) -> PrecisionPlan:
     """The codes of `donor`, with activations quantised as `label` has it."""
     site_plans: list[SitePlan] = []
@@ -70,7 +71,9 @@ def _given(
         having = [linear for linear in site.linears if chosen[linear.name].label == label]
         activation = None
         if having:
-            activation = plan_activation(site, having[0], chosen, stats[site.name], config)
+            activation = plan_activation(
+                site, having[0], chosen, stats[site.name], config, symmetric=target.symmetric
+            )
             names = tuple(linear.name for linear in having)
             site_plans.append(SitePlan(site.name, str(site.x.name), activation, names))
         for linear in site.linears:
@@ -81,4 +84,4 @@ def _given(
                 codes = activation.split.extend(op.weight.codes)
                 op = dataclasses.replace(op, weight=dataclasses.replace(op.weight, codes=codes))
             ops.append(op)
-    return PrecisionPlan(tuple(site_plans), tuple(ops))
+    return PrecisionPlan(tuple(site_plans), tuple(ops), target.floats)

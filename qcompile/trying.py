@@ -12,8 +12,8 @@ import onnx_ir as ir
 from qcompile.choosing import Decision, decide
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
+from qcompile.lowering import open_lowered
 from qcompile.metrics import Accuracy
-from qcompile.passes.quantize import Quantize
 from qcompile.precision import Choice, PrecisionPlan
 from qcompile.progress import Phases
 from qcompile.session import open_session
@@ -111,14 +111,7 @@ def tried_kl(
         graph: it is not changed.
         plan: for `graph`.
     """
-    trial = graph.clone()
-    for pass_ in (Quantize(plan), *target.lower(plan)):
-        pass_(trial)
-    path = work / "tried.onnx"
-    ir.save(trial, path, external_data="tried.onnx.data")
-    compiled = open_session(path, exact=not target.saturates)
-    path.unlink()
-    path.with_name("tried.onnx.data").unlink(missing_ok=True)
+    compiled = open_lowered(graph.clone(), plan, target, work)
     reference, accuracy = open_session(traced_path), Accuracy(kind)
     for batch in held_back:
         compare(reference, compiled, batch, accuracy)

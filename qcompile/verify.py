@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qcompile.equivalence import float_problems
 from qcompile.kernels import Kernels, expected_kernels, read_back
 from qcompile.metrics import Accuracy, sqnr_db
-from qcompile.precision import Floats, PrecisionPlan
+from qcompile.precision import PrecisionPlan
 from qcompile.report import Speed
 from qcompile.session import Runtime, divisible, first_sample, open_session, run_outputs
 from qcompile.shapes import shape_of
@@ -49,22 +49,21 @@ def verify(
     held_back: Sequence[Batch],
     timed: Sequence[Batch] = (),
     *,
-    baseline: tuple[Path, Floats] | None = None,
+    baseline_path: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Open the graphs, compare kernels with the plan and outputs with each other.
 
     Args:
         traced_path: the float graph as it was traced or read: what accuracy is measured against.
-        float_path: the rewritten float graph.
+        float_path: the rewritten float32 graph.
         compiled_path: the graph that will ship.
         plan: what was promised.
         target: which kernel each promise means.
         kind: which accuracy measure applies.
         held_back: feeds that calibration did not see.
         timed: feeds to measure speed on; none: the first held-back sample.
-        baseline: the float graph that speed is measured against, and its type; default
-            `float_path`.
+        baseline_path: what speed is measured against; None: `float_path`.
         progress: called with (batches done, batches in all).
 
     Returns:
@@ -90,8 +89,7 @@ def verify(
     # By other means than the target's kernels, times would say nothing about it.
     speed = []
     if target.runs_here:
-        against = baseline or (float_path, "float32")
-        speed = _speeds(against, compiled_path, runtime, timed, held_back[0])
+        speed = _speeds(baseline_path or float_path, compiled_path, runtime, timed, held_back[0])
     return Verification(kernels, figures, speed, problems)
 
 
@@ -191,21 +189,18 @@ def _run_exposed(model: ir.Model, names: list[str], feed: Batch, folder: Path) -
 
 
 def _speeds(
-    baseline: tuple[Path, Floats],
+    float_path: Path,
     compiled_path: Path,
     runtime: Runtime,
     timed: Sequence[Batch],
     held_back: Batch,
 ) -> list[Speed]:
-    path, floats = baseline
     reference, compiled = (
-        open_session(graph, runtime, spinning=False) for graph in (path, compiled_path)
+        open_session(path, runtime, spinning=False) for path in (float_path, compiled_path)
     )
     speeds = []
     for feed in timed or [first_sample(reference, held_back)]:
         ratio, rounds = speed_ratio(reference, compiled, feed)
         batch, sequence = shape_of(feed)
-        speeds.append(
-            Speed(batch=batch, sequence=sequence, ratio=ratio, rounds=rounds, floats=floats)
-        )
+        speeds.append(Speed(batch=batch, sequence=sequence, ratio=ratio, rounds=rounds))
     return speeds

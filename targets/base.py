@@ -6,11 +6,13 @@ import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
 
 from qcompile.config import Activations
+from qcompile.makers import Maker
 from qcompile.precision import MODES, Floats, Label, OpPlan, PrecisionPlan
 from qcompile.session import HERE, Runtime
 
@@ -45,7 +47,7 @@ class Target(abc.ABC):
     summary: str
     variants: tuple[str, ...] = ()
     capabilities: tuple[Capability, ...] = ()
-    schemes: tuple[str, ...] = ("fp32", "w8a8")
+    schemes: tuple[str, ...] = ("fp32", "w8a8", "w8a16", "w4a16")
     """Names of the schemes that it runs."""
     floats: Floats = "float32"
     """The type that quantised models keep for the rest."""
@@ -53,6 +55,14 @@ class Target(abc.ABC):
     """How activations may be quantised where the user leaves it open, the default first."""
     symmetric: bool = False
     """Whether static codes have to be symmetric around zero: kernels without a zero point."""
+    blockwise: bool = True
+    """Whether the kernel for quantised weights alone rounds its activation to int8 per block."""
+    fuses: tuple[Maker, ...] = ()
+    """What makes an activation and can quantise it in the same kernel."""
+    timed_as: Mapping[Label, Label] = MappingProxyType({"dynamic": "static"})
+    """Labels whose Linears meet the kernel of another: one time for both."""
+    probe_bytes: int = 48 << 20
+    """Bytes of float32 weights that a probe fills where it can: more than a cache holds."""
 
     @abc.abstractmethod
     def __init__(self, variant: str = "") -> None:
@@ -79,8 +89,13 @@ class Target(abc.ABC):
         return True
 
     @property
+    def stored(self) -> Path | None:
+        """A table of times that were measured elsewhere, for where none can be taken."""
+        return None
+
+    @property
     def unmeasured(self) -> str | None:
-        """Why no plan is made from measured times, or None where they can be had."""
+        """Why there are no measured times to plan by but a user's own, or None."""
         return None
 
     def refusal(self, in_features: int, out_features: int) -> str | None:

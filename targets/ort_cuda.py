@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import onnx_ir as ir
@@ -17,18 +18,22 @@ from onnx_ir.passes.common import (
 )
 from qcompile.passes.int8_linear import Int8Linear
 from qcompile.passes.int8_rows import Int8Rows
+from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.multi_head import MultiHead
 from qcompile.passes.outer_product import OuterProduct
 from qcompile.passes.pack_tokens import PackTokens
 from qcompile.passes.skip_norm import SkipNorm
 from qcompile.passes.to_float16 import ToFloat16
 from qcompile.passes.unflatten import Unflatten
+from qcompile.passes.weight_only import KERNEL as NBITS
+from qcompile.passes.weight_only import WeightOnlyMatMul
 from qcompile.targets.base import Capability, Target
 from qcompile.targets.cuda import library
 from qcompile.targets.cuda.reference import with_reference
 from qcompile.targets.cuda.schema import DOMAIN, VERSION, refusal
 
 from qcompile.errors import ConfigError
+from qcompile.makers import MAKERS
 from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.session import HERE, Runtime
 
@@ -37,6 +42,7 @@ _STAND_IN: Final = (
     "there is no GPU with ONNX Runtime's CUDA provider here, so the graph runs on the CPU, by the "
     "operators' bodies in standard ops: right, and slow"
 )
+_NBITS_KERNEL: Final = f"{CONTRIB}.{NBITS}"
 
 
 class OrtCuda(Target):
@@ -49,10 +55,14 @@ class OrtCuda(Target):
     name = "ort-cuda"
     summary = "ONNX Runtime, CUDA provider, INT8 kernels of our own"
     variants = ("sm80", "sm89", "sm90")
-    schemes = ("fp32", "fp16", "w8a8")
+    schemes = ("fp32", "fp16", "w8a8", "w8a16", "w4a16")
     floats = "float16"
     modes = ("token",)
     symmetric = True
+    blockwise = False
+    fuses = MAKERS
+    timed_as = MappingProxyType({"static": "token"})
+    probe_bytes = 1 << 30
     saturates = False
     capabilities = (
         Capability(
@@ -65,6 +75,8 @@ class OrtCuda(Target):
         Capability(
             "MatMul", "static", "int8 per output channel", _KERNEL, "one scale, from calibration"
         ),
+        Capability("MatMul", "weight8", "int8 per block of 32", _NBITS_KERNEL, "float16 inside"),
+        Capability("MatMul", "weight4", "int4 per block of 32", _NBITS_KERNEL, "as weight8"),
     )
 
     def __init__(self, variant: str = "") -> None:
@@ -91,10 +103,22 @@ class OrtCuda(Target):
         return self.variant != "" and self.variant == library.gpu()
 
     @property
+    def stored(self) -> Path | None:
+        path = Path(__file__).parent / "cuda" / f"costs_{self.variant}.json"
+        return path if path.is_file() else None
+
+    @property
     def unmeasured(self) -> str | None:
+        if self.runs_here and library.installed() is None:
+            return (
+                "the CUDA operators are not built, so their times cannot be taken; "
+                "python -m qcompile.targets.cuda.build builds them"
+            )
+        if self.runs_here or self.stored is not None:
+            return None
         return (
-            "ort-cuda has no table of measured times yet, so every op has the precision that the "
-            "scheme names"
+            f"there is no table of measured times for {self.variant} and no such GPU here, so "
+            "every op has the precision that the scheme names"
         )
 
     @property
@@ -117,7 +141,7 @@ class OrtCuda(Target):
         if not self.runs_here and (folder is None or library.gpu() not in self.variants):
             return dataclasses.replace(HERE, stand_in=_STAND_IN)
         own = library.installed()
-        if folder is not None and record is not None and record.get("scheme") == "w8a8":
+        if folder is not None and record is not None and _needs_library(record):
             own = library.choose(folder, record, trust_library=trust_library)
         return Runtime(("CUDAExecutionProvider",), own, {"session.disable_cpu_ep_fallback": "1"})
 
@@ -137,8 +161,9 @@ class OrtCuda(Target):
     def machine(self) -> dict[str, str]:
         return {
             "target": self.name,
-            "processor": library.gpu() or "none",
+            "processor": library.gpu_name() or "none",
             "onnxruntime": ort.__version__,
+            "operators": str(VERSION),
         }
 
     def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
@@ -149,6 +174,7 @@ class OrtCuda(Target):
             MultiHead(),
             Int8Linear(),
             Int8Rows(),
+            WeightOnlyMatMul(accuracy_level=0),
             SkipNorm(),
             InlinePass(),
             *((ToFloat16(),) if plan.floats == "float16" else ()),
@@ -157,7 +183,7 @@ class OrtCuda(Target):
         )
 
     def kernels_for(self, op: OpPlan, plan: PrecisionPlan) -> tuple[str, ...]:
-        return (_KERNEL,)
+        return (_KERNEL if op.precision == "int8" else _NBITS_KERNEL,)
 
     def emit(self, model: ir.Model, folder: Path) -> Path:
         path = folder / "model.onnx"
@@ -169,3 +195,9 @@ class OrtCuda(Target):
                 shutil.copyfile(own, folder / library.LIBRARY)
         ir.save(model, path, external_data="model.onnx.data", alignment=4096)
         return path
+
+
+def _needs_library(record: Mapping[str, Any]) -> bool:
+    """Whether a graph with this ``qcompile.json`` has operators of the library."""
+    kernels = [kernel for some in record.get("kernels", {}).values() for kernel in some]
+    return bool(record.get("library")) or any(k.startswith(f"{DOMAIN}.") for k in kernels)

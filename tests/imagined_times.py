@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from qcompile.linears import find_linears
 from qcompile.precision import Label
-from qcompile.probe import Feed, Prober, Shape
+from qcompile.probe import Feed, Prober
+from qcompile.probe_graphs import Shape
 
 FACTORS = {
     "float": 1.0,

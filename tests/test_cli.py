@@ -103,7 +103,7 @@ def test_the_default_output_and_the_summary(
     outcome = run_cli("--scheme", "w8a8", tiny_onnx, "--target", "ort-cpu:vnni", *texts)
     assert outcome.status == 0
     assert [path.name for path in Path().iterdir()] == ["model-ort-cpu-vnni-w8a8"]
-    for word in ("size", " int8", "mean KL", "top-1", "float32, same process", "held-back"):
+    for word in ("size", " int8", "mean KL", "top-1", "float, same process", "held-back"):
         assert word in outcome.stdout
 
 

@@ -13,6 +13,7 @@ from qcompile.targets import get_target
 
 import qcompile
 from qcompile.artifact import read_record
+from qcompile.choosing import UNSEEN
 from qcompile.costs import CostTable
 from qcompile.kernels import read_back
 from qcompile.planfile import PLAN
@@ -248,6 +249,26 @@ def test_ops_without_a_gradient_are_measured_alone(tmp_path: Path) -> None:
     assert planning.unit == "relative squared error"
     for op in artifact.report.ops:
         assert all(row.damage > 0 for row in op.candidates if row.label != "float")
+
+
+def test_an_op_that_the_measured_output_does_not_see_says_so(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    model = from_text(
+        """<ir_version: 10, opset_import: ["" : 23]>
+        g (float[N,5,32] x, float[32,48] w1, float[32,16] w2)
+            => (float[N,5,48] last_hidden_state, float[N,5,16] side) {
+        [n0] last_hidden_state = MatMul (x, w1) [n1] side = MatMul (x, w2) }""",
+        w1=rng.standard_normal((32, 48)).astype(np.float32),
+        w2=rng.standard_normal((32, 16)).astype(np.float32),
+    )
+    ir.save(model, tmp_path / "two.onnx")
+    x = rng.standard_normal((12, 5, 32)).astype(np.float32)
+    report = qcompile.compile(
+        tmp_path / "two.onnx", calibration=[{"x": row[None]} for row in x], output=tmp_path / "out"
+    ).report
+    reasons = {op.name: op.reason for op in report.ops}
+    assert {name for name, reason in reasons.items() if reason.endswith(UNSEEN)} == {"n1"}
+    assert len(reasons) == 2
 
 
 def test_the_command_line(run_cli: RunCli, tiny_onnx: Path, tiny_opt: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from qcompile import probe
 from qcompile.costs import CostTable
 from qcompile.errors import ConfigError
 from qcompile.precision import INT8, LABELS, MODES, Label
-from qcompile.probe import Prober, Shape, conversion_key, model_key
+from qcompile.probe import Prober, conversion_key, model_key
+from qcompile.probe_graphs import Shape, cut_to_activations, linear_graph
 from qcompile.timing import steady_medians
 from tests.passes.rewriting import HEADER, typed
 from tests.support import from_text, ops, run_model
@@ -26,13 +27,12 @@ from tests.support import from_text, ops, run_model
 TARGET = OrtCpu()
 SMALL = Shape(rows=5, depth=64, width=32, bias=True)
 COPIES = 8
-Medians = Callable[[Mapping[str, Callable[[], Any]]], dict[str, float]]
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Real times, taken in a hurry; no test may depend on how long anything takes."""
-    quick = functools.partial(steady_medians, seconds=0.05, min_rounds=3)
+    quick = functools.partial(steady_medians, min_rounds=3)
     monkeypatch.setattr(probe, "steady_medians", quick)
 
 
@@ -41,14 +41,17 @@ def invented(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, float]],
     """Times of whole probes by the first word of their key."""
 
     def patch(seconds: Mapping[str, float]) -> None:
-        medians: Medians = lambda runs: {key: seconds[key.partition(" ")[0]] for key in runs}  # noqa: E731
+        def medians(runs: Mapping[str, Any], **_: float) -> dict[str, float]:
+            return {key: seconds[key.partition(" ")[0]] for key in runs}
+
         monkeypatch.setattr(probe, "steady_medians", medians)
 
     return patch
 
 
 def prober(work: Path, table: CostTable | None = None, *, measures: bool = True) -> Prober:
-    return Prober(TARGET, table or CostTable(machine=TARGET.machine()), work, measures)
+    table = table or CostTable(machine=TARGET.machine())
+    return Prober(TARGET, table, work, measures, seconds=0.05)
 
 
 KERNELS = {"MatMul", *(row.kernel.rpartition(".")[2] for row in TARGET.capabilities)}
@@ -139,18 +142,18 @@ def test_a_wide_linear_is_timed_in_part(
     """A quarter of its width, and four times its time; the conversion is no wider for it."""
     invented({"float": 16.0, "static": 16.0, "quantize-static": 8.0})
     built: list[Shape] = []
-    build = probe._graph
 
-    def watch(shape: Shape, copies: int, *, sites: int) -> ir.Model:
+    def watch(shape: Shape, copies: int, *, sites: int, corners: bool) -> ir.Model:
         built.append(shape)
-        return build(shape, copies, sites=sites)
+        return linear_graph(shape, copies, sites=sites, corners=corners)
 
-    monkeypatch.setattr(probe, "_graph", watch)
+    monkeypatch.setattr(probe, "linear_graph", watch)
     monkeypatch.setattr(probe, "_MOST_BYTES", 4 * 64 * 8)
+    monkeypatch.setattr(OrtCpu, "probe_bytes", 4 * 64 * 8)
     here = prober(tmp_path)
     times = here.linear(SMALL, ["float", "static"])
     assert built[1:] == [Shape(5, 64, 8, True)] * 2
-    assert times == {"float": 16.0 / COPIES * 4, "static": (16.0 - 1.0) / COPIES * 4}
+    assert times == {"float": 16.0 * 4, "static": (16.0 - 1.0) * 4}
     assert here.conversion("static", 5, 64) == 1.0
     assert "float 5x64x32+bias" in here.table.seconds, "kept under its real width"
 
@@ -162,7 +165,8 @@ def test_a_linear_deeper_than_a_probe_is_timed_one_column_wide(
 ) -> None:
     invented({"float": 8.0})
     monkeypatch.setattr(probe, "_MOST_BYTES", 1)
-    assert prober(tmp_path).linear(SMALL, ["float"]) == {"float": 32.0}
+    monkeypatch.setattr(OrtCpu, "probe_bytes", 1)
+    assert prober(tmp_path).linear(SMALL, ["float"]) == {"float": 8.0 * 32}
 
 
 def test_a_large_linear_is_timed_in_fewer_copies(
@@ -171,7 +175,7 @@ def test_a_large_linear_is_timed_in_fewer_copies(
     invented: Callable[[Mapping[str, float]], None],
 ) -> None:
     invented({"float": 6.0})
-    monkeypatch.setattr(probe, "_CACHE_BYTES", 3 * 4 * 64 * 32)
+    monkeypatch.setattr(OrtCpu, "probe_bytes", 3 * 4 * 64 * 32)
     assert prober(tmp_path).linear(SMALL, ["float"]) == {"float": 2.0}
 
 
@@ -182,8 +186,8 @@ def test_a_large_linear_is_timed_in_fewer_copies(
 @pytest.mark.parametrize("label", LABELS)
 def test_a_probe_runs_the_kernel_it_is_about(label: Label, bias: bool) -> None:
     shape = Shape(5, 64, 32, bias)
-    model = probe._graph(shape, COPIES, sites=1)
-    probe._lower(model, probe._plan(model, label), TARGET)
+    model = linear_graph(shape, COPIES, sites=1)
+    prober(Path())._lower(model, label)
     row = TARGET.capability("MatMul", label)
     expected = row.kernel if row is not None else "MatMul"
     found = kernels(model)
@@ -194,7 +198,7 @@ def test_a_probe_runs_the_kernel_it_is_about(label: Label, bias: bool) -> None:
     assert quantizers == (label in INT8) + (label == "split")
     feed = {"x0": np.zeros((1, 5, 64), np.float32)}
     outputs = run_model(model, feed)
-    assert list(outputs) == [f"y{at}" for at in range(COPIES)]
+    assert list(outputs) == [f"y{at}/corner" for at in range(COPIES)]
     assert all(array.shape == (1, 1, 1) for array in outputs.values()), "a corner goes out"
     if not bias:
         assert all(array.item() == 0.0 for array in outputs.values())
@@ -218,10 +222,10 @@ def _dynamic_code(x: np.ndarray) -> int:
 @pytest.mark.parametrize("mode", INT8)
 def test_what_is_left_of_a_probe_is_the_conversion(mode: Label) -> None:
     """One of each input, and no kernel."""
-    model = probe._graph(Shape(5, 64, 16, False), COPIES, sites=COPIES)
-    probe._lower(model, probe._plan(model, mode), TARGET)
+    model = linear_graph(Shape(5, 64, 16, False), COPIES, sites=COPIES, corners=False)
+    prober(Path())._lower(model, mode)
     assert len(kernels(model)) == COPIES
-    probe._cut_to_conversions(model)
+    cut_to_activations(model, corners=True)
     assert not kernels(model)
     assert f"{CONTRIB}.MatMulIntegerToFloat" not in ops(model)
     kind = "DynamicQuantizeLinear" if mode == "dynamic" else "QuantizeLinear"
@@ -235,10 +239,10 @@ def test_what_is_left_of_a_probe_is_the_conversion(mode: Label) -> None:
     rng = np.random.default_rng(0)
     feed = {f"x{at}": rng.standard_normal((1, 5, 64), np.float32) for at in range(COPIES)}
     codes = run_model(model, feed)
-    assert list(codes) == [f"q{at}" for at in range(COPIES)]
-    for at, x in enumerate(feed.values()):
-        assert codes[f"q{at}"].dtype == np.uint8
-        assert codes[f"q{at}"].item() == CODES[mode](x)
+    assert len(codes) == COPIES
+    for code, x in zip(codes.values(), feed.values(), strict=True):
+        assert code.dtype == np.uint8 and code.shape == (1, 1, 1)
+        assert code.item() == CODES[mode](x)
 
 
 # tables of other machines
@@ -283,7 +287,9 @@ def test_a_whole_model_is_timed_at_each_shape_once(tmp_path: Path) -> None:
     ]
     here = prober(tmp_path)
     times = here.model(tmp_path / "model.onnx", model.graph, feeds)
-    assert len(times) == 2 and all(0.0 < seconds < np.inf for seconds in times)
+    assert (
+        times is not None and len(times) == 2 and all(0.0 < seconds < np.inf for seconds in times)
+    )
     assert here.measured == 2
     assert list(here.table.seconds) == [model_key(model.graph, feed) for _, feed in feeds]
     again = prober(tmp_path, here.table)

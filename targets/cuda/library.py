@@ -42,6 +42,18 @@ def gpu() -> str | None:
 
 
 @functools.cache
+def gpu_name() -> str | None:
+    """What the driver calls the GPU, like ``NVIDIA H200``, where `gpu` finds one."""
+    if gpu() is None:
+        return None
+    driver, device = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetName(name, 256, device):
+        return gpu()
+    return name.value.decode()
+
+
+@functools.cache
 def installed() -> Path | None:
     """This package's own library: named by the environment, installed, or built here before."""
     given = os.environ.get(VARIABLE)

@@ -27,6 +27,7 @@ from qcompile.linears import find_sites
 from qcompile.options import find_options
 from qcompile.planning import HEADROOM, plan_precision
 from qcompile.precision import PrecisionPlan, QuantizedWeight
+from qcompile.schemes import get_scheme
 from qcompile.smoothing import plan_smoothing
 from qcompile.weights import quantize_weight, violations
 from tests.passes.rewriting import HEADER, typed
@@ -269,7 +270,7 @@ def compiled(
     model.graph[0].name = "model.fc"
     sites, config = find_sites(model.graph), CompileConfig(activations=mode, smooth="off")
     stats = calibrate(model, sites, [{"x": x}], folder)
-    chosen = scheme_choice(find_options(sites, config, target))
+    chosen = scheme_choice(find_options(sites, config, get_scheme("w8a8"), target))
     unsmoothed = plan_smoothing(sites, stats, config, chosen)
     plan = plan_precision(sites, stats, unsmoothed, chosen, config, target)
     for pass_ in [Quantize(plan), *target.lower(plan)]:

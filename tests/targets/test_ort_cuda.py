@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def compiled(
     def compile_for(target: str, scheme: str, **options: Any) -> qcompile.Artifact:
         key = f"{target} {scheme} {options}"
         if key not in made:
-            config = qcompile.CompileConfig(samples=8, seq_len=64, objective="scheme", **options)
+            options = {"objective": "scheme"} | options
+            config = qcompile.CompileConfig(samples=8, seq_len=64, **options)
             made[key] = qcompile.compile(
                 str(tiny_onnx),
                 target=target,
@@ -91,6 +93,61 @@ def test_w8a8_is_as_accurate_as_its_emulation(
     assert kl < (1.1 if mode == "token" else 4.0) * limit + 1e-4
 
 
+def test_without_a_gpu_a_stored_table_is_planned_by(
+    compiled: Callable[..., qcompile.Artifact],
+) -> None:
+    """In a model as small as this one a quantisation of its own costs more than INT8 gains."""
+    report = compiled("ort-cuda:sm90", "w8a8", objective="latency", shapes=((8, 64),)).report
+    kinds: dict[str, set[str]] = {}
+    for op in report.ops:
+        kinds.setdefault(op.name.rpartition(".")[2], set()).add(op.precision)
+    for name in ("q_proj", "k_proj", "v_proj", "fc1", "fc2"):
+        assert kinds[name] == {"int8"}, name
+    assert kinds["out_proj"] == {"float"}
+    (kept,) = {op.reason for op in report.ops if op.name.endswith("out_proj")}
+    assert re.fullmatch(r"cost: token at 0\.\d\d of float's speed", kept)
+    rows = {row.label: row for op in report.ops[:1] for row in op.candidates}
+    assert rows["token"].saved is not None and rows["token"].saved[0] > 0.0
+    assert report.planning is not None and not report.planning.whole
+    assert report.planning.measured == 0 and report.speed == []
+    (note,) = [line for line in report.warnings if "stored times" in line]
+    assert "NVIDIA H200 (onnxruntime 1.31.1, operators 1, date 2026-11-22)" in note
+    assert "nothing was timed here" in note
+
+
+def test_without_a_table_the_scheme_is_followed(
+    compiled: Callable[..., qcompile.Artifact],
+) -> None:
+    report = compiled("ort-cuda:sm80", "w8a8", objective="latency").report
+    assert report.planning is None
+    assert any("no table of measured times for sm80" in line for line in report.warnings)
+    assert {op.precision for op in report.ops if op.name != "lm_head"} == {"int8"}
+
+
+def test_a_limit_on_divergence_is_kept_by_trying(
+    compiled: Callable[..., qcompile.Artifact],
+) -> None:
+    limit = 2e-4
+    report = compiled("ort-cuda:sm90", "w8a8", objective="latency", max_kl=limit).report
+    assert report.accuracy["kl"] <= limit
+    assert 0 < report.ops_by_precision["int8"] < 20
+
+
+@pytest.mark.parametrize(("scheme", "bits", "limit"), [("w8a16", 8, 1e-3), ("w4a16", 4, 0.1)])
+def test_weights_alone(
+    compiled: Callable[..., qcompile.Artifact], scheme: str, bits: int, limit: float
+) -> None:
+    artifact = compiled("ort-cuda:sm90", scheme)
+    model = graph_of(artifact)
+    products = [node for node in model.graph.all_nodes() if node.op_type == "MatMulNBits"]
+    assert len(products) == len(artifact.report.ops) == 25
+    assert {node.attributes.get_int("bits") for node in products} == {bits}
+    assert {node.attributes.get_int("accuracy_level") for node in products} == {0}
+    assert not any(node.domain == DOMAIN for node in model.graph), "no library is needed"
+    assert all(value.dtype != ir.DataType.FLOAT for value in model.graph.initializers.values())
+    assert 0.0 < artifact.report.accuracy["kl"] < limit
+
+
 def test_the_artifact_is_checked_where_there_is_no_gpu(
     compiled: Callable[..., qcompile.Artifact],
 ) -> None:
@@ -121,13 +178,15 @@ def test_left_padding_changes_nothing(compiled: Callable[..., qcompile.Artifact]
         ("ort-cuda", "fp16", {}, "there is no GPU .* like ort-cuda:sm90"),
         ("ort-cuda:sm70", "fp16", {}, "no variant 'sm70'"),
         ("ort-cpu", "fp16", {}, "target ort-cpu has no scheme fp16"),
-        ("ort-cuda:sm90", "w8a8", {"max_kl": 0.1}, "max_kl wants measured times"),
+        ("ort-cuda:sm80", "w8a8", {"max_kl": 0.1}, "max_kl wants measured times"),
         (
-            "ort-cuda:sm90",
+            "ort-cuda:sm89",
             "w8a8",
             {"objective": "accuracy", "max_size": 1},
             "max_size wants measured times",
         ),
+        ("ort-cuda:sm90", "w8a8", {"min_speedup": 1.1}, "stored times are of Linears alone"),
+        ("ort-cuda:sm90", "w8a8", {"costs": Path("none.json")}, "there is no none.json"),
     ],
 )
 def test_refusals(
