@@ -18,7 +18,8 @@ from tests.cli_runner import Outcome, RunCli
 
 KEYS = {
     "path", "model", "task", "target", "scheme", "calibration", "samples", "held_back", "warnings",
-    "refusals", "bytes_float", "bytes", "accuracy", "speed", "seconds", "ops_by_precision",
+    "refusals", "bytes_float", "bytes", "accuracy", "speed", "floats", "seconds",
+    "ops_by_precision",
 }  # fmt: skip
 
 
@@ -126,7 +127,8 @@ def test_targets(run_cli: RunCli) -> None:
 def test_schemes(run_cli: RunCli) -> None:
     outcome = run_cli("schemes")
     assert (outcome.status, outcome.stderr) == (0, "")
-    assert [line.split()[0] for line in outcome.stdout.splitlines()] == ["fp32", "fp16", "w8a8"]
+    names = [line.split()[0] for line in outcome.stdout.splitlines()]
+    assert names == ["fp32", "fp16", "w8a8", "w8a16", "w4a16"]
 
 
 def test_inspect(run_cli: RunCli, compiled_tiny: qcompile.Artifact) -> None:
