@@ -1,13 +1,13 @@
 """Decoders of known shapes with random weights: INT8 against float16, on the GPU at hand.
 
-    python -m benchmarks.cuda_models [--models opt-6.7b llama-3-8b] [--layers 4] [--json PATH]
+    python -m benchmarks.cuda_models [--models opt-6.7b opt-13b] [--layers 4] [--json PATH]
 
 The graph is what a frontend gives, written by hand; the target lowers it twice, for the schemes
 fp16 and w8a8 (activations per token). Weights are random codes times a scale, so that both compute
 the same function but for the rounding of activations. Without the output head, which would weigh
 more in a few layers than in the whole model. Inputs and outputs are bound to GPU memory; the two
-sessions run in turns in one process; medians. `padded` masks the first quarter of every sequence,
-which leaves the flash kernel for the one that takes a mask.
+sessions run in turns in one process; medians. `padded` masks the first quarter of every sequence;
+`captured` replays a captured CUDA graph.
 """
 
 from __future__ import annotations
@@ -32,8 +32,14 @@ from qcompile.linears import find_linears, find_sites
 from qcompile.precision import ActivationQuant, OpPlan, PrecisionPlan, QuantizedWeight, SitePlan
 from qcompile.session import open_session
 
-FEEDS: Final = ((1, 2048, False), (8, 512, False), (16, 1, False), (8, 512, True))
-"""Batch, sequence, and whether the first quarter is padding."""
+FEEDS: Final = (
+    (1, 2048, False, False),
+    (8, 512, False, False),
+    (8, 512, True, False),
+    (16, 1, False, False),
+    (16, 1, False, True),
+)
+"""Batch, sequence, whether the first quarter is padding, whether a captured graph is replayed."""
 
 SCALE: Final = 3e-4
 
@@ -193,7 +199,10 @@ class Bound:
         for value in session.get_inputs():
             array = ort.OrtValue.ortvalue_from_numpy(feed[value.name], device)
             self.binding.bind_ortvalue_input(value.name, array)
-        self.binding.bind_output("y", device)
+        # At one place for all runs, as a captured graph wants it.
+        shape = [*feed["ids"].shape, session.get_outputs()[0].shape[-1]]
+        result = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float16, device)
+        self.binding.bind_ortvalue_output("y", result)
         for _ in range(3):
             self.time()
 
@@ -214,7 +223,7 @@ def compare(name: str, layers: int, repeats: int, target: OrtCuda) -> list[dict[
     shape = SHAPES[name]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        sessions, sizes = [], []
+        paths, sizes = [], []
         for scheme in ("fp16", "w8a8"):
             model, codes = build(shape, layers)
             plan = PrecisionPlan(floats="float16")
@@ -229,8 +238,14 @@ def compare(name: str, layers: int, repeats: int, target: OrtCuda) -> list[dict[
             del model, codes
             embedding = 2 * shape.vocabulary * shape.width
             sizes.append((folder / "model.onnx.data").stat().st_size - embedding)
-            sessions.append(open_session(path, target.runtime()))
-        for batch, length, padded in FEEDS:
+            paths.append(path)
+        sessions = [open_session(path, target.runtime()) for path in paths]
+        for batch, length, padded, captured in FEEDS:
+            if captured:
+                if not target.runs_here:
+                    continue
+                runtime = dataclasses.replace(target.runtime(), options={"enable_cuda_graph": "1"})
+                sessions = [open_session(path, runtime) for path in paths]
             rng = np.random.default_rng(1)
             mask = np.ones((batch, length), np.int64)
             if padded:
@@ -250,7 +265,8 @@ def compare(name: str, layers: int, repeats: int, target: OrtCuda) -> list[dict[
             rows.append(
                 {
                     "model": name, "layers": layers, "batch": batch, "sequence": length,
-                    "padded": padded, "fp16_ms": medians[0], "w8a8_ms": medians[1],
+                    "padded": padded, "captured": captured,
+                    "fp16_ms": medians[0], "w8a8_ms": medians[1],
                     "ratio": medians[0] / medians[1], "weights": sizes[1] / sizes[0],
                     "sqnr_db": float(10 * np.log10((half**2).sum() / ((half - int8) ** 2).sum())),
                     "quarters": [statistics.quantiles(kept, n=4) for kept in times],
@@ -263,16 +279,17 @@ def compare(name: str, layers: int, repeats: int, target: OrtCuda) -> list[dict[
 def line_of(row: dict[str, Any]) -> str:
     """For people."""
     feed = f"{row['batch']}x{row['sequence']}{' padded' if row['padded'] else ''}"
+    feed += " captured" if row["captured"] else ""
     times = f"fp16 {row['fp16_ms']:8.3f} ms  w8a8 {row['w8a8_ms']:8.3f} ms  {row['ratio']:.2f}x"
     sizes = f"weights {row['weights']:.2f}x  SQNR {row['sqnr_db']:.1f} dB"
-    return f"{row['model']:11} {row['layers']} layers  {feed:14} {times}  {sizes}"
+    return f"{row['model']:11} {row['layers']} layers  {feed:15} {times}  {sizes}"
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--models", nargs="+", choices=list(SHAPES), default=["opt-6.7b", "llama-3-8b"]
+        "--models", nargs="+", choices=list(SHAPES), default=["opt-6.7b", "opt-13b", "llama-3-8b"]
     )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=31)

@@ -152,6 +152,6 @@ def _closed(node: ir.Node, inside: set[ir.Value]) -> bool:
         if is_op(node, "MatMul") and position == 1:
             if len(value.shape or ()) != 2:
                 return False
-        elif not is_constant(value) or len(value.shape or (0, 0)) > 1:
+        elif not is_constant(value) or value.shape is None or len(value.shape) > 1:
             return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from qcompile.errors import (
     ModelError,
     OutputError,
     QcompileError,
+    StandInWarning,
     VerificationError,
 )
 
@@ -31,6 +33,7 @@ __all__ = [
     "OutputError",
     "QcompileError",
     "Recipe",
+    "StandInWarning",
     "VerificationError",
     "compile",
     "load",
@@ -78,20 +81,29 @@ def compile(
     )
 
 
-def load(folder: str | Path, *, trust_library: bool = False) -> onnxruntime.InferenceSession:
+def load(
+    folder: str | Path,
+    *,
+    trust_library: bool = False,
+    provider_options: Mapping[str, str] | None = None,
+) -> onnxruntime.InferenceSession:
     """Open the artifact in `folder` as an ``onnxruntime.InferenceSession``, default options.
 
     Args:
         folder: the artifact.
         trust_library: whether a library of operators that it carries may be loaded, where this
             package's own does not fit. A library is code.
+        provider_options: of ONNX Runtime's execution provider, like ``enable_cuda_graph``.
 
     Raises:
         ModelError: not an artifact, or a graph that ONNX Runtime refuses.
+
+    Warns:
+        StandInWarning: the kernels that it was made for cannot run here.
     """
     from qcompile.artifact import load as load_artifact
 
-    return load_artifact(folder, trust_library=trust_library)
+    return load_artifact(folder, trust_library=trust_library, provider_options=provider_options)
 
 
 def default_output(model: Source, target: str, scheme: str) -> Path:

@@ -7,7 +7,9 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +18,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qcompile.config import CompileConfig
-from qcompile.errors import ModelError
+from qcompile.errors import ModelError, StandInWarning
 from qcompile.genai import CONFIG as GENAI
 from qcompile.genai import genai_config
 from qcompile.metrics import Accuracy
@@ -46,22 +48,34 @@ class Artifact:
         return load(self.path)
 
 
-def load(folder: str | Path, *, trust_library: bool = False) -> ort.InferenceSession:
+def load(
+    folder: str | Path,
+    *,
+    trust_library: bool = False,
+    provider_options: Mapping[str, str] | None = None,
+) -> ort.InferenceSession:
     """Open the artifact in `folder`.
 
     Args:
         folder: the artifact.
         trust_library: whether a library of operators that it carries may be loaded, where this
             package's own does not fit. A library is code.
+        provider_options: of the preferred execution provider, as ONNX Runtime names them.
 
     Raises:
         ModelError: not an artifact, or a graph that ONNX Runtime refuses.
+
+    Warns:
+        StandInWarning: the kernels that it was made for cannot run here.
     """
     path = Path(folder)
     if not (path / RECORD).is_file() or not (path / GRAPH).is_file():
         raise ModelError(f"{path} is not a qcompile artifact")
     record = read_record(path)
     runtime = get_target(record["target"]).runtime(path, record, trust_library=trust_library)
+    if runtime.stand_in:
+        warnings.warn(f"{path}: {runtime.stand_in}", StandInWarning, stacklevel=3)
+    runtime = dataclasses.replace(runtime, options=provider_options or {})
     return open_session(path / GRAPH, runtime)
 
 

@@ -45,6 +45,10 @@ class OutputError(QcompileError):
     """The output folder exists, or cannot be written."""
 
 
+class StandInWarning(UserWarning):
+    """An artifact is opened without the kernels it was made for: right, and slow."""
+
+
 def check_reachable(path: Path, error: type[QcompileError]) -> None:
     """Refuse a path that cannot even be asked about: `Path.exists` raises for those.
 

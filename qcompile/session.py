@@ -24,11 +24,15 @@ class Runtime:
         providers: ONNX Runtime's execution providers, the preferred one first.
         library: of custom operators, to be registered, or None.
         entries: session configuration, as ONNX Runtime names it.
+        options: of the preferred provider.
+        stand_in: why the kernels that the graph was made for do not run, where they do not.
     """
 
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     library: Path | None = None
     entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stand_in: str | None = None
 
     @property
     def device(self) -> str:
@@ -87,7 +91,9 @@ def open_session(
     try:
         if runtime.library is not None:
             options.register_custom_ops_library(str(runtime.library))
-        return ort.InferenceSession(str(path), options, providers=list(runtime.providers))
+        first, *others = runtime.providers
+        providers = [(first, dict(runtime.options)), *((other, {}) for other in others)]
+        return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime raises its own, unexported types
         lines = str(error).strip().splitlines()
         raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from qcompile.passes.int8_linear import Int8Linear
 from qcompile.passes.int8_rows import Int8Rows
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.multi_head import MultiHead
+from qcompile.passes.outer_product import OuterProduct
+from qcompile.passes.pack_tokens import PackTokens
 from qcompile.passes.skip_norm import SkipNorm
 from qcompile.passes.to_float16 import ToFloat16
 from qcompile.passes.unflatten import Unflatten
@@ -35,6 +38,10 @@ from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.session import HERE, Runtime
 
 _KERNEL: Final = f"{DOMAIN}.MatMulInt8"
+_STAND_IN: Final = (
+    "there is no GPU with ONNX Runtime's CUDA provider here, so the graph runs on the CPU, by the "
+    "operators' bodies in standard ops: right, and slow"
+)
 _NBITS_KERNEL: Final = f"{CONTRIB}.{NBITS}"
 
 
@@ -132,7 +139,7 @@ class OrtCuda(Target):
     ) -> Runtime:  # fmt: skip
         # The library has kernels for every variant: an artifact runs on whichever is here.
         if not self.runs_here and (folder is None or library.gpu() not in self.variants):
-            return HERE
+            return dataclasses.replace(HERE, stand_in=_STAND_IN)
         own = library.installed()
         if folder is not None and record is not None and _needs_library(record):
             own = library.choose(folder, record, trust_library=trust_library)
@@ -161,7 +168,9 @@ class OrtCuda(Target):
 
     def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
         return (
+            OuterProduct(),
             Unflatten(),
+            PackTokens(),
             MultiHead(),
             Int8Linear(),
             Int8Rows(),

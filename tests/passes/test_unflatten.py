@@ -49,6 +49,28 @@ def test_a_stretch_of_rows() -> None:
     )
 
 
+def test_scalars_fit_any_number_of_dimensions() -> None:
+    assert_rewrites(
+        Unflatten(),
+        f"""g ({INPUTS}, float half, uint8 zero) => (float[B,S,8] z) {{
+        f = Reshape (x, flat)
+        c = QuantizeLinear (f, half, zero)
+        h = DequantizeLinear (c, half, zero)
+        {BACK}
+        }}""",
+        """g (float[B,S,8] x, float half, uint8 zero) => (float[B,S,8] z) {
+        c = QuantizeLinear (x, half, zero)
+        h = DequantizeLinear (c, half, zero)
+        z = Add (h, x)
+        }""",
+        FEED,
+        atol=1e-6,
+        half=np.float32(0.5),
+        zero=np.uint8(128),
+        **WEIGHTS,
+    )
+
+
 def test_a_reshape_to_the_same_shape() -> None:
     assert_rewrites(
         Unflatten(),

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from onnxruntime.capi import onnxruntime_pybind11_state
 from qcompile.passes.integer_matmul import CONTRIB, KERNEL
 from qcompile.passes.quantize import Quantize
 from qcompile.targets import Capability, Target, available, get_target
@@ -97,6 +98,14 @@ def test_this_build_has_the_kernel() -> None:
     assert has_kernel(KERNEL, CONTRIB)
     assert not has_kernel(KERNEL, "")
     assert not has_kernel("NoSuchOp", CONTRIB)
+
+
+def test_a_build_with_other_providers_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would crash where a provider's libraries are missing."""
+    providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime_pybind11_state, "get_all_opkernel_def", None)
+    assert has_kernel.__wrapped__(KERNEL, CONTRIB)
 
 
 def test_probe_says_what_host_it_is() -> None:
