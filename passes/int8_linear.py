@@ -56,25 +56,28 @@ def _lower(
     depth, width = (int(d) for d in codes.shape or ())  # type: ignore[arg-type]
     if refusal(width, depth) is not None:
         return False
-    tape = ir.tape.Tape()
     if x_hat not in made:
-        activation = _activation(graph, tape, x_hat)
+        before = ir.tape.Tape()
+        activation = _activation(graph, before, x_hat)
         if activation is None:
             return False
+        for node in before.nodes:
+            node.name = f"{x_hat.name}/codes"
+        graph.insert_before(matmul, before.nodes)
         made[x_hat] = activation
+    tape = ir.tape.Tape()
     bias, replaced = constant_bias(matmul)
     weight = derived(codes, "transposed", np.transpose, (width, depth))
     inputs = [*made[x_hat], weight, scale, bias]
     result = tape.op("MatMulInt8", inputs[: 5 if bias is not None else 4], {"dtype": _FLOAT},
                      domain=DOMAIN)  # fmt: skip
-    for node in tape.nodes:
-        if node.op_type == "MatMulInt8":
-            node.metadata_props.update(matmul.metadata_props)
-        node.name = str(matmul.name if node.op_type == "MatMulInt8" else f"{x_hat.name}/codes")
+    (product,) = tape.nodes
+    product.name = matmul.name
+    product.metadata_props.update(matmul.metadata_props)
     result.type, result.shape = replaced.outputs[0].type, replaced.outputs[0].shape
     ir.convenience.replace_nodes_and_values(
         graph, replaced, [matmul, *([replaced] if replaced is not matmul else [])],
-        list(tape.nodes), replaced.outputs, [result],
+        [product], replaced.outputs, [result],
     )  # fmt: skip
     return True
 
@@ -92,8 +95,9 @@ def _activation(
     if (back.op_type, back.domain) != (DEQUANTIZE, FUNCTIONS):
         if not is_op(back, "DequantizeLinear") or not is_op(forth, "QuantizeLinear"):
             return None
-        number, zero = scalar_of(back.inputs[1]), scalar_of(back.inputs[2])
-        if number is None or zero != ZERO_POINT:
+        numbers = [[scalar_of(v) for v in node.inputs[1:]] for node in (forth, back)]
+        number = numbers[0][0]
+        if number is None or numbers != [[number, ZERO_POINT]] * 2:
             return None
         static = constant(graph, f"{x.name}.scale", np.array([number], np.float32))
     if static is None:

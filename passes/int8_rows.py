@@ -7,7 +7,7 @@ from typing import Final
 
 import onnx_ir as ir
 from qcompile.passes.constants import drop_unused, sole_use
-from qcompile.passes.matching import channel_vector, is_op, made_by, operands
+from qcompile.passes.matching import channel_vector, flat, is_op, made_by, operands
 from qcompile.passes.skip_norm import residual_of
 from qcompile.passes.symbolic_shapes import dims_of
 from qcompile.targets.cuda.schema import DOMAIN
@@ -64,6 +64,7 @@ def _norm(x: ir.Value) -> _Matched | None:
     vectors = list(norm.inputs[1:])
     if not vectors or not all(channel_vector(v) for v in vectors if v is not None):
         return None
+    vectors = [v if v is None else flat(v) for v in vectors]
     if norm.op_type == "LayerNormalization":
         vectors = [*vectors, None][:2]
     found = residual_of(norm)
@@ -106,7 +107,9 @@ def _gated(x: ir.Value) -> _Matched | None:
         return None
     for gate, up in operands(product):
         found = _activated(gate)
-        if found is not None and dims_of(gate) == dims_of(up) and sole_use(gate):
+        dims = dims_of(gate)
+        alike = dims is not None and None not in dims and dims == dims_of(up)
+        if found is not None and alike and sole_use(gate):
             kind, h = found
             return "ActivationInt8", [h, up], {"kind": kind, "packed": 0}, None
     return None

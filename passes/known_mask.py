@@ -67,7 +67,7 @@ def meaning_of(model: ir.Model, mask: ir.Value) -> MaskMeaning | None:
 def _sources(mask: ir.Value) -> tuple[list[ir.Value], list[int]] | None:
     """The graph inputs that `mask` follows from, and the numbers that may be a window's width.
 
-    None where it follows from a weight as well.
+    None where it follows from a weight as well, or a window could be too wide to be tried.
     """
     found: dict[ir.Value, None] = {}
     numbers: set[int] = set()
@@ -85,6 +85,8 @@ def _sources(mask: ir.Value) -> tuple[list[ir.Value], list[int]] | None:
         if node is None or is_op(node, "Constant"):
             if node is None and not is_constant(value):
                 return None
+            if _is_wide(value):
+                return None
             number = scalar_of(value)
             if number is not None and number.is_integer() and 1 <= abs(number) < _WIDEST:
                 # Of `i - j < w` and of `i - j <= w - 1`.
@@ -94,6 +96,13 @@ def _sources(mask: ir.Value) -> tuple[list[ir.Value], list[int]] | None:
             return None
         pending.extend(v for v in node.inputs if v is not None)
     return list(found), sorted(numbers)
+
+
+def _is_wide(value: ir.Value) -> bool:
+    """Whether a number may be the width of a window that is too wide to try."""
+    number = scalar_of(value) if value.dtype in (ir.DataType.INT32, ir.DataType.INT64) else None
+    # The largest integers stand for an end that is open.
+    return number is not None and _WIDEST <= abs(number) < np.iinfo(np.int32).max
 
 
 def _is_tokens(value: ir.Value) -> bool:

@@ -32,7 +32,8 @@ class MultiHead(ir.passes.InPlacePass):
        kernel
 
     Keys and values of fewer heads than the queries are repeated first. Left as it is: attention
-    with a cache, with softcap, with more than one output, or in the 4-D form.
+    with a cache, with softcap, with more than one output, in the 4-D form, or under an unknown mask
+    that is not [batch or 1, heads or 1, queries, keys].
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -45,7 +46,9 @@ class MultiHead(ir.passes.InPlacePass):
                 continue
             mask = node.inputs[3] if len(node.inputs) > 3 else None
             if mask is not None and mask not in known:
-                known[mask] = meaning_of(model, mask)
+                known[mask] = meaning_of(model, mask) if _is_square(node) else None
+            if mask is not None and known[mask] is None and not _is_full(node, mask):
+                continue
             _lower(model.graph, node, mask, known, shared, biases)
             modified = True
         if modified:
@@ -62,6 +65,18 @@ def _plain(node: ir.Node) -> bool:
     heads = node.attributes.get_int("q_num_heads", 0)
     widths = [(dims_of(v) or [None])[-1] for v in node.inputs[:3]]
     return heads > 0 and all(isinstance(width, int) for width in widths)
+
+
+def _is_square(node: ir.Node) -> bool:
+    """Whether there are as many keys as queries; masks are tried on such alone."""
+    queries, keys = ((dims_of(v) or [None] * 2)[1] for v in node.inputs[:2])
+    return queries is not None and queries == keys
+
+
+def _is_full(node: ir.Node, mask: ir.Value) -> bool:
+    """Whether `mask` has the size of the scores, which the kernel does not broadcast it to."""
+    dims, sizes = dims_of(mask) or [], [(dims_of(v) or [None] * 2)[1] for v in node.inputs[:2]]
+    return len(dims) == 4 and dims[2:] == sizes and None not in sizes
 
 
 def _lower(

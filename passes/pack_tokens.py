@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused, sole_use
-from qcompile.passes.known_mask import meaning_of
+from qcompile.passes.known_mask import MaskMeaning, meaning_of
 from qcompile.passes.matching import is_op, like, scalar_of
 from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, QUANTIZE
 from qcompile.passes.symbolic_shapes import dims_of
@@ -54,18 +54,19 @@ class PackTokens(ir.passes.InPlacePass):
     products with constant matrices, norms, element-wise ops, embeddings, rotary positions.
 
     Left as it is: a graph where anything else reaches an output, or with attention that is not
-    causal. Rows of padding give what the token before them gives, or the first.
+    causal, has a window, or is not under the same padding in all layers. Rows of padding give what
+    the token before them gives, or the first.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        masks = {_mask(node) for node in model.graph if is_op(node, "Attention")} - {None}
-        meanings = [meaning_of(model, mask) for mask in masks if mask is not None]
-        paddings = {m.padding for m in meanings if m is not None} - {None}
-        padding = next(iter(paddings)) if len(paddings) == 1 else None
-        if padding is None or any(m is None or not m.causal for m in meanings):
+        masks = {_mask(node) for node in model.graph if is_op(node, "Attention")}
+        meanings = {None if mask is None else meaning_of(model, mask) for mask in masks}
+        meaning = meanings.pop() if len(meanings) == 1 else None
+        padding = meaning.padding if meaning is not None else None
+        if padding is None or meaning != MaskMeaning(causal=True, padding=padding):
             return ir.passes.PassResult(model, modified=False)
         rows = dims_of(padding)
-        if rows is None or not _tokenwise(model.graph, padding, rows):
+        if rows is None or None in rows or not _tokenwise(model.graph, padding, rows):
             return ir.passes.PassResult(model, modified=False)
         for node in model.graph:
             if is_op(node, "Attention"):
@@ -108,10 +109,8 @@ def _works_on_rows(
     if dims is None or dims[:2] != list(rows):
         return False
     if is_op(node, "Attention"):
-        # Its mask, if there is one, is known to be causal.
-        causal = _mask(node) is not None or node.attributes.get_int("is_causal", 0) == 1
         plain = all(v is None for v in node.inputs[4:]) and len(node.outputs) == 1
-        return causal and plain and len(dims) == 3 and all(v in tokens for v in node.inputs[:3])
+        return plain and len(dims) == 3 and all(v in tokens for v in node.inputs[:3])
     by_row = [v in tokens for v in node.inputs]
     constant_from = [v is None or is_constant(v) or v in fixed for v in node.inputs]
     if not all(a or b for a, b in zip(by_row, constant_from, strict=True)):
@@ -238,11 +237,14 @@ def _unpack(graph: ir.Graph, value: ir.Value, source: ir.Value) -> None:
     lined.type, lined.shape = value.type, ir.Shape([None, *dims[2:]])
     like(back, value)
     for node in tape.nodes:
-        node.name = f"{producer.name}/unpack/{node.op_type}"
+        node.name = f"{value.name}/unpack/{node.op_type}"
     lined.name = f"{value.name}/lined"
-    was_output = value.is_graph_output()
-    value.replace_all_uses_with(back, replace_graph_outputs=was_output)
-    tape.nodes[0].replace_input_with(0, value)
+    if value.is_graph_output():
+        # What else reads it makes another output of it, from packed rows.
+        graph.outputs[:] = [back if output is value else output for output in graph.outputs]
+    else:
+        value.replace_all_uses_with(back)
+        tape.nodes[0].replace_input_with(0, value)
     graph.insert_after(producer, tape.nodes)
     # The new value takes the name: a graph output must keep it, and reports read better so.
     value.name, back.name = f"{value.name}/packed", value.name

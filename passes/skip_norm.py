@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from qcompile.passes.constants import drop_unused, sole_use
 from qcompile.passes.integer_matmul import CONTRIB
-from qcompile.passes.matching import channel_vector, is_op, made_by, operands
+from qcompile.passes.matching import channel_vector, flat, is_op, made_by, operands
 from qcompile.passes.symbolic_shapes import dims_of
 
 _KERNELS = {
@@ -65,7 +65,8 @@ def _fuse(graph: ir.Graph, norm: ir.Node) -> bool:
                 a, b, bias = one, value, vector
         if bias is not None:
             break
-    inputs = [a, b, *norm.inputs[1:], bias]
+    vectors = [v if v is None else flat(v) for v in (*norm.inputs[1:], bias)]
+    inputs = [a, b, *vectors]
     while inputs[-1] is None:
         inputs.pop()
     made = ir.node(

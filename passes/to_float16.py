@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final
 
 import ml_dtypes  # noqa: F401  (registers the types that onnx_ir reads)
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from qcompile.passes.constants import constant, drop_unused, unique_initializer_name
@@ -45,14 +47,18 @@ _WIDE: Final = frozenset(
 )
 """Ops that compute in float32: sums and powers leave float16's range, angles its steps."""
 
+_HEAVY: Final = frozenset(["MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "LSTM", "GRU"])
+"""Ops that are what float16 is for: a wide op before them changes nothing."""
+
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
 class ToFloat16(ir.passes.InPlacePass):
     """Float32 becomes float16, in subgraphs too.
 
-    1. An op of `_WIDE`, and one whose computed inputs are all float32, stays float32 (positions
-       and the angles made from them, means, norms that no fused kernel was found for).
+    1. An op of `_WIDE`, and one whose computed inputs are all float32 and that is no product, stays
+       float32 (positions and the angles made from them, means, norms that no fused kernel was found
+       for); so does what ONNX does not define on float16.
     2. Any other op reads and gives float16; constants are stored so. Numbers that stand for
        infinity become the largest float16.
     3. A Cast stands only where a value crosses, one for all readers. Inputs of the graph stay
@@ -68,7 +74,8 @@ class ToFloat16(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=False)
         before = _signature(model.graph)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        _Converter(model.graph).run(model.graph)
+        opset = model.opset_imports.get("", onnx.defs.onnx_opset_version())
+        _Converter(model.graph, opset).run(model.graph)
         drop_unused(model)
         return ir.passes.PassResult(model, modified=_signature(model.graph) != before)
 
@@ -87,10 +94,11 @@ def _signature(graph: ir.Graph) -> list[Any]:
 class _Converter:
     """One conversion: what was cast or stored anew already."""
 
-    def __init__(self, main: ir.Graph) -> None:
+    def __init__(self, main: ir.Graph, opset: int) -> None:
         self.main = main
+        self.opset = opset
         self.constants: dict[ir.Value, ir.Value] = {}
-        self.casts: dict[tuple[ir.Value, ir.DataType, ir.Graph], ir.Value] = {}
+        self.casts: dict[tuple[ir.Value, ir.DataType, bool, ir.Graph], ir.Value] = {}
 
     def run(self, graph: ir.Graph) -> None:
         for node in list(graph):
@@ -108,13 +116,16 @@ class _Converter:
 
     def _convert(self, graph: ir.Graph, node: ir.Node) -> None:
         floats = [(at, v) for at, v in enumerate(node.inputs) if v is not None and _is_float(v)]
+        floats = [(at, v) for at, v in floats if _takes_half(node, at, self.opset)] or floats
         computed = [v for _, v in floats if not is_constant(v)]
+        inherited = bool(computed) and all(v.dtype == _FLOAT for v in computed)
         wide = node.domain in ("", "ai.onnx") and (
             (node.op_type in _WIDE and not _to_half(node))
-            or (bool(computed) and all(v.dtype == _FLOAT for v in computed))
+            or (inherited and node.op_type not in _HEAVY)
+            or not any(_takes_half(node, at, self.opset) for at, _ in floats)
         )
         if wide and any(v.is_graph_input() for v in computed):
-            wide = node.op_type in _WIDE
+            wide = node.op_type in _WIDE or not _takes_half(node, floats[0][0], self.opset)
         if wide:
             for at, value in floats:
                 if value.dtype == _HALF and not is_constant(value) and node.op_type != "Cast":
@@ -147,11 +158,12 @@ class _Converter:
     def _cast(
         self, graph: ir.Graph, node: ir.Node, value: ir.Value, dtype: ir.DataType
     ) -> ir.Value:
-        key = (value, dtype, graph)
+        mask = dtype == _HALF and _is_mask(node, value)
+        key = (value, dtype, mask, graph)
         if key not in self.casts:
             source = value
             nodes = []
-            if dtype == _HALF and _is_mask(node, value):
+            if mask:
                 # -inf in a whole row would make it NaN.
                 name = unique_initializer_name(self.main, "lowest")
                 low = constant(self.main, name, np.array(-LARGEST, np.float32))
@@ -161,7 +173,7 @@ class _Converter:
                 nodes.append(clip)
                 source = clip.outputs[0]
             cast = ir.node("Cast", [source], attributes={"to": int(dtype)})
-            cast.name = f"{value.name}/{dtype.name.lower()}"
+            cast.name = f"{value.name}/{dtype.name.lower()}{'/mask' if mask else ''}"
             cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), value.shape
             graph.insert_before(node, [*nodes, cast])
             self.casts[key] = cast.outputs[0]
@@ -180,6 +192,17 @@ def _type_outputs(node: ir.Node, dtype: ir.DataType) -> None:
 
 def _is_float(value: ir.Value) -> bool:
     return value.dtype in (_FLOAT, _HALF)
+
+
+def _takes_half(node: ir.Node, at: int, opset: int) -> bool:
+    """Whether the op's definition allows float16 for an input."""
+    return node.domain not in ("", "ai.onnx") or _is_half_allowed(node.op_type, at, opset)
+
+
+@functools.cache
+def _is_half_allowed(op_type: str, at: int, opset: int) -> bool:
+    inputs = onnx.defs.get_schema(op_type, opset).inputs
+    return bool(inputs) and "tensor(float16)" in inputs[min(at, len(inputs) - 1)].types
 
 
 def _to_half(node: ir.Node) -> bool:

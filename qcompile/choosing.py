@@ -194,7 +194,7 @@ def decide(measured: Measured, config: CompileConfig, *, correction: float = 1.0
         item.name: Choice(
             solution.labels[item.name],  # type: ignore[arg-type]
             _reason(item, solution, free, problem, measured, config)
-            + _caution(measured.damage.get(item.name, {})),
+            + _caution(solution.labels[item.name], measured.damage.get(item.name, {})),
         )
         for item in problem.items
     }
@@ -263,8 +263,8 @@ def _reason(
     return f"cost: {_compared(item, label, problem)}"
 
 
-def _caution(damage: Mapping[Label, float]) -> str:
-    return UNSEEN if damage and not any(damage.values()) else ""
+def _caution(label: str, damage: Mapping[Label, float]) -> str:
+    return UNSEEN if label != "float" and damage and not any(damage.values()) else ""
 
 
 def _alone(item: Item, label: str, problem: Problem) -> Cost:

@@ -9,6 +9,7 @@ from typing import Any, Final
 import onnx_ir as ir
 
 from qcompile.cache import PAST, PRESENT, is_past
+from qcompile.errors import ModelError
 
 CONFIG: Final = "genai_config.json"
 _UNLIMITED: Final = 2048
@@ -77,12 +78,19 @@ def genai_config(graph: ir.Graph, folder: Path, max_length: int | None) -> dict[
 
 
 def model_settings(folder: Path) -> dict[str, Any]:
-    """``config.json``, and what ``generation_config.json`` says otherwise."""
+    """``config.json``, and what ``generation_config.json`` says otherwise.
+
+    Raises:
+        ModelError: one of them is damaged.
+    """
     found: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         path = folder / name
         if path.is_file():
-            read = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                read = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ModelError(f"{path} cannot be read: {error}") from error
             found |= {key: value for key, value in read.items() if value is not None}
     return found
 

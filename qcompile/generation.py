@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from qcompile.cache import has_cache, is_past, is_present, past_of
-from qcompile.errors import ModelError
+from qcompile.errors import ConfigError, ModelError
 
 Tokens: TypeAlias = npt.NDArray[np.int64]
 Logits: TypeAlias = npt.NDArray[np.float32]
@@ -65,10 +65,14 @@ class Decoder:
             ids: [batch, sequence]; on top of a cache, the op takes several tokens in a batch of
                 one only.
             mask: zero for padding, [batch, sequence]; default no padding.
+
+        Raises:
+            ConfigError: there is no room for so many.
         """
         mask = np.ones_like(ids) if mask is None else mask
+        if self.length + ids.shape[1] > self._capacity:
+            raise ConfigError(f"the cache was made for {self._capacity} tokens, and this is more")
         self._mask = np.concatenate([self._mask, mask], axis=1)
-        assert self.length <= self._capacity
         positions = np.maximum(np.cumsum(self._mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
         given = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
         bound = {n: np.ascontiguousarray(v) for n, v in given.items() if n in self._inputs}

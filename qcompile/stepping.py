@@ -20,7 +20,7 @@ _MOST: Final = 64
 
 def check_steps(
     traced: Path, rewritten: Path, compiled: Path, target: Target, kind: Kind, feed: Batch
-) -> tuple[dict[str, float], list[str]]:
+) -> tuple[Accuracy, list[str]]:
     """Decode the first sample of `feed`: a half as the prompt, then token by token.
 
     Args:
@@ -32,8 +32,7 @@ def check_steps(
         feed: token inputs, each [samples, tokens]. Of the first sample, up to 64 tokens are taken.
 
     Returns:
-        The compiled graph's figures, as `Accuracy` has them, and what is wrong with the float one,
-        in sentences.
+        The compiled graph's accuracy, and what is wrong with the float one, in sentences.
     """
     real = np.flatnonzero(feed["attention_mask"][0])[:_MOST]
     ids = feed["input_ids"][:1, real]
@@ -51,7 +50,7 @@ def check_steps(
     accuracy = Accuracy(kind)
     session = open_session(compiled, target.runtime(), exact=not target.saturates)
     accuracy.add(whole, expected, _stepped(session, ids))
-    return accuracy.result(), problems
+    return accuracy, problems
 
 
 def _stepped(session: ort.InferenceSession, ids: np.ndarray) -> Logits:

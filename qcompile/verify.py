@@ -100,10 +100,11 @@ def verify(
         )
     decoded: dict[str, float] = {}
     if past is not None:
-        decoded, found = check_steps(
+        steps, found = check_steps(
             traced_path, float_path, compiled_path, target, kind, held_back[0]
         )
-        problems += found
+        decoded = steps.result()
+        problems += [*found, *(f"with the cache, {p}" for p in accuracy_problems(steps, decoded))]
     return Verification(kernels, figures, speed, problems, decoded)
 
 

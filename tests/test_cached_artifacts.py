@@ -18,6 +18,7 @@ from qcompile.targets.ort_cpu import OrtCpu
 import qcompile
 from qcompile.artifact import read_sample
 from qcompile.errors import ConfigError
+from qcompile.genai import end_tokens
 from qcompile.generation import Decoder, generate
 from qcompile.metrics import Accuracy
 from qcompile.running import Stream, prompt_tokens
@@ -219,3 +220,16 @@ def test_a_cache_is_refused_where_it_means_nothing(
         qcompile.compile(
             tiny_onnx, target="ort-cuda:sm90", scheme="fp16", output=tmp_path / "no", config=config
         )
+
+
+def test_no_more_tokens_than_there_is_room_for(compile_cached: Cached) -> None:
+    decoder = Decoder(qcompile.load(compile_cached("fp32").path), 1, 4)
+    decoder.step(np.array([[1, 2, 3]]))
+    with pytest.raises(qcompile.ConfigError, match="made for 4 tokens"):
+        decoder.step(np.array([[1, 2]]))
+
+
+def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(qcompile.ModelError, match=r"generation_config\.json cannot be read"):
+        end_tokens(tmp_path)

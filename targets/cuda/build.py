@@ -125,8 +125,10 @@ def _key(headers: Path, compiler: str) -> str:
     paths = [*(_HERE / name for name in names), *sorted(_NATIVE.iterdir()), headers / _HEADER]
     for path in paths:
         digest.update(path.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    digest.update(version + triton_version().encode())
+    asked = subprocess.run([compiler, "--version"], capture_output=True, check=False)
+    if asked.returncode:
+        raise ConfigError(f"{compiler} --version fails: is it a C++ compiler?", hint="set CXX")
+    digest.update(asked.stdout + triton_version().encode())
     return digest.hexdigest()[:24]
 
 

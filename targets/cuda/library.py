@@ -55,10 +55,16 @@ def gpu_name() -> str | None:
 
 @functools.cache
 def installed() -> Path | None:
-    """This package's own library: named by the environment, installed, or built here before."""
+    """This package's own library: named by the environment, installed, or built here before.
+
+    Raises:
+        ConfigError: the environment names a file that is not there.
+    """
     given = os.environ.get(VARIABLE)
     if given:
-        return Path(given) if Path(given).is_file() else None
+        if not Path(given).is_file():
+            raise ConfigError(f"{VARIABLE} names {given}, and there is no such file")
+        return Path(given)
     beside = Path(__file__).parent / LIBRARY
     if beside.is_file():
         return beside

@@ -81,6 +81,19 @@ def test_readers_share_the_codes() -> None:
     assert_equal(body, model)
 
 
+def test_codes_are_made_before_their_first_reader() -> None:
+    body = f"""{TOKEN.format("x")} v = DequantizeLinear <axis = 1> (wq, ws)
+        u = DequantizeLinear <axis = 1> (wq, ws) m = MatMul (d, v) n = MatMul (d, u)
+        a = Add (m, bias) y = Add (a, n) o = Identity (x)"""
+    model = model_of(body)
+    Int8Linear()(model)
+    made: set[ir.Value | None] = {None, *model.graph.inputs, *model.graph.initializers.values()}
+    for node in model.graph:
+        assert made.issuperset(node.inputs), node.name
+        made.update(node.outputs)
+    assert_equal(body, model)
+
+
 @pytest.mark.parametrize("quantizer", [TOKEN, STATIC])
 @pytest.mark.parametrize(
     ("maker", "operator"),
@@ -116,6 +129,8 @@ def test_what_something_else_reads_is_quantised_alone() -> None:
     "body",
     [
         "q = QuantizeLinear (x, s, z7) d = DequantizeLinear (q, s, z7)",
+        "q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s)",
+        "e = Add (s, s) q = QuantizeLinear (x, e, z) d = DequantizeLinear (q, s, z)",
         "q, t, k = DynamicQuantizeLinear (x) d = DequantizeLinear (q, t, k)",
         "d = Relu (x)",
     ],

@@ -123,6 +123,11 @@ def test_a_window_is_known_beyond_its_width(width: int) -> None:
     assert meaning_of(model, keep) == MaskMeaning(True, None, window=width + 1)
 
 
+def test_a_window_too_wide_to_try_is_not_taken_for_causality() -> None:
+    model = model_of(in_a_window(9000))
+    assert meaning_of(model, ir.convenience.create_value_mapping(model.graph)["keep"]) is None
+
+
 def test_a_window_is_not_taken_for_causality() -> None:
     before, after = model_of(in_a_window(7)), model_of(in_a_window(7))
     assert MultiHead()(after).modified
@@ -148,6 +153,37 @@ def test_what_is_known_of_masks() -> None:
     assert meaning(f"{CAUSAL} keep = Not (causal)") is None
     window = "two = Add (at, at) t = Unsqueeze (two, rows) keep = LessOrEqual (c, t)"
     assert meaning(f"{CAUSAL} {window}") is None
+
+
+def crossing(keep: str) -> ir.Model:
+    """Of three queries and two keys, under a mask of the keys."""
+    text = f"""{HEADER}g (float[B,3,32] q, float[B,2,32] k, int64[B,2] mask, int64[4] shape,
+        {DECLARED}) => (float[B,3,32] y) {{
+        {PADDING} {keep}
+        y = Attention <q_num_heads = 4, kv_num_heads = 4> (q, k, k, keep) }}"""
+    return typed(from_text(text, shape=np.array([1, 1, 3, 1]), **CONSTANTS))
+
+
+def test_a_mask_of_other_keys_than_queries() -> None:
+    """What it means is not asked: it was tried on as many of the one as of the other."""
+    before, after = (crossing("keep = Expand (keys, shape)") for _ in "ab")
+    after.graph.sort()
+    declared = ir.convenience.create_value_mapping(after.graph)["keep"]
+    declared.shape = ir.Shape(["B", 1, 3, 2])
+    assert MultiHead()(after).modified and "If" not in ops(after)
+    feed = {
+        "q": RNG.standard_normal((1, 3, 32)).astype(np.float32),
+        "k": RNG.standard_normal((1, 2, 32)).astype(np.float32),
+        "mask": np.array([[1, 0]]),
+    }
+    wanted, found = run_model(before, feed)["y"], run_model(after, feed)["y"]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_mask_that_the_kernel_would_have_to_broadcast_stays() -> None:
+    model = crossing("keep = Identity (keys)")
+    assert not MultiHead()(model).modified
+    assert "Attention" in ops(model)
 
 
 def test_attention_that_stays() -> None:

@@ -9,7 +9,7 @@ from qcompile.passes.pack_tokens import PackTokens
 from qcompile.passes.per_token import DOMAIN, per_token_functions
 
 from tests.passes.rewriting import HEADER, typed
-from tests.passes.test_multi_head import BOTH, CONSTANTS, DECLARED, MASKS, PADDED
+from tests.passes.test_multi_head import BOTH, CAUSAL, CONSTANTS, DECLARED, MASKS, PADDED
 from tests.support import (
     assert_idempotent,
     assert_same_graph,
@@ -38,8 +38,8 @@ REST = """
 HEADS = "q_num_heads = 4, kv_num_heads = 4"
 
 
-def before(*, mask: str = BOTH, rest: str = REST, embed: str = EMBED) -> ir.Model:
-    text = f"""{HEADER}g {INPUTS} => (float[B,S,48] z) {{
+def before(*, mask: str = BOTH, rest: str = REST, embed: str = EMBED, more: str = "") -> ir.Model:
+    text = f"""{HEADER}g {INPUTS} => ({more}float[B,S,48] z) {{
         {mask}
         {embed.format(ids="ids", positions="positions")}
         {LAYER}
@@ -136,8 +136,38 @@ def test_what_is_quantised_per_token_stays_together() -> None:
     ]  # fmt: skip
 
 
-def test_what_is_not_causal_stays() -> None:
-    assert_stays(before(mask=PADDED))
+def test_an_output_that_another_is_made_from() -> None:
+    """Only what leaves the graph is put back."""
+    more = "float[B,S,32] y, "
+    plain, packed = before(more=more), before(more=more)
+    assert PackTokens()(packed).modified
+    check_model(packed)
+    feed = feed_of([[0, 0, 1, 1, 1], [1, 0, 1, 1, 0]])
+    real = feed["mask"].astype(bool)
+    wanted, found = run_model(plain, feed), run_model(packed, feed)
+    for name in ("y", "z"):
+        np.testing.assert_allclose(found[name][real], wanted[name][real], atol=1e-5)
+
+
+WINDOW = f"{BOTH.replace('keep', 'seen')} d = Sub (r, axis) in = GreaterOrEqual (c, d)"
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pytest.param(PADDED, id="not causal"),
+        pytest.param(f"{WINDOW} keep = And (seen, in)", id="a window"),
+        pytest.param(f"{CAUSAL} keep = Identity (causal)", id="no padding"),
+    ],
+)
+def test_other_masks_stay(mask: str) -> None:
+    assert_stays(before(mask=mask))
+
+
+@pytest.mark.parametrize("second", ["is_causal = 1> (y, y, y)", "is_causal = 0> (y, y, y, causal)"])
+def test_layers_of_different_masks_stay(second: str) -> None:
+    layer = f"y = Add (x, o) u = Attention <{HEADS}, {second} z = MatMul (u, head)"
+    assert_stays(before(rest=layer))
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,22 @@ def test_norm_of_a_sum(op: str, kernel: str, biased: bool) -> None:
     )
 
 
+def test_vectors_of_more_axes() -> None:
+    text = f"g ({INPUTS.replace('float[8] w', 'float[1,1,8] w')}) => {OUT} {{"
+    assert_rewrites(
+        SkipNorm(),
+        f"""{text} s = Add (a, b)
+            y = LayerNormalization <axis = -1, epsilon = 0.001> (s, w, c) z = Relu (s) }}""",
+        f"""g ({INPUTS}) => {OUT} {{
+            y, , , s = com.microsoft.SkipLayerNormalization <epsilon = 0.001> (a, b, w, c)
+            z = Relu (s) }}""",
+        FEED,
+        atol=1e-5,
+        w=VECTOR.reshape(1, 1, 8),
+        c=VECTOR,
+    )
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -9,7 +9,7 @@ from qcompile.passes.to_float16 import ToFloat16
 
 from qcompile.errors import ModelError
 from tests.passes.rewriting import HEADER, typed
-from tests.support import assert_idempotent, from_text, ops, run_model
+from tests.support import assert_idempotent, check_model, from_text, ops, run_model
 
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((8, 8)).astype(np.float32)
@@ -80,6 +80,44 @@ def test_branches_and_infinities() -> None:
     for condition in (True, False):
         found = run_model(model, {"x": X, "c": np.array(condition), "k": keep})["y"]
         assert np.isfinite(found).all()
+
+
+def test_what_float32_enters_by_does_not_keep_products_there() -> None:
+    model = converted(
+        """g (uint8[B,S,8] pixels, float n, float[8,8] w) => (float[B,S,8] y) {
+        f = Cast <to = 1> (pixels) d = Div (f, n) y = MatMul (d, w) }""",
+        n=np.array(255, np.float32),
+        w=W,
+    )
+    assert types(model)["y"] == "FLOAT16"
+
+
+def test_inputs_that_onnx_defines_on_float32_alone_stay() -> None:
+    model = converted(
+        """g (float[1,1,4,4] x, float[4] scales) => (float[1,1,8,8] y) {
+        r = Relu (x) y = Resize (r, , scales) }""",
+        scales=np.array([1, 1, 2, 2], np.float32),
+    )
+    check_model(model)
+    x = np.abs(RNG.standard_normal((1, 1, 4, 4))).astype(np.float32)
+    found = run_model(model, {"x": x})["y"]
+    np.testing.assert_allclose(found, x.repeat(2, 2).repeat(2, 3), atol=0.01)
+
+
+def test_a_mask_is_clipped_for_attention_whoever_reads_it_first() -> None:
+    model = converted(
+        """g (float[1,1,3,3] x, float[1,3,8] q, bool[1,1,3,3] keep)
+            => (float[1,1,3,3] s, float[1,3,8] y) {
+        k = Cast <to = 1> (keep) c = Log (k) r = Relu (x) s = Add (r, c)
+        h = Relu (q) y = Attention <q_num_heads = 1, kv_num_heads = 1> (h, h, h, c) }"""
+    )
+    assert "Clip" in ops(model)
+    feed = {
+        "x": np.ones((1, 1, 3, 3), np.float32),
+        "q": X[:1],
+        "keep": np.array([[[[1, 0, 0], [0, 0, 0], [1, 1, 1]]]], bool),
+    }
+    assert np.isfinite(run_model(model, feed)["y"]).all()
 
 
 def test_weights_that_do_not_fit_are_named() -> None:
