@@ -17,6 +17,7 @@ from qcompile.passes.integer_matmul import CONTRIB, KERNEL, IntegerMatMul
 from qcompile.passes.weight_only import KERNEL as NBITS
 from qcompile.passes.weight_only import WeightOnlyMatMul
 from qcompile.targets.base import Capability, Target
+from qcompile.targets.ort_cpu_cache import cached_codes_obstacle
 
 from qcompile.errors import ConfigError
 from qcompile.precision import Label, OpPlan, PrecisionPlan
@@ -125,6 +126,9 @@ class OrtCpu(Target):
         row = super().capability(op, label)
         domain, _, kernel = row.kernel.rpartition(".") if row is not None else ("", "", "")
         return row if has_kernel(kernel, domain) else None
+
+    def cache_obstacle(self, bits: int) -> str | None:
+        return cached_codes_obstacle(bits)
 
     def kernels_for(self, op: OpPlan, plan: PrecisionPlan) -> tuple[str, ...]:
         if op.precision != "int8":
