@@ -209,10 +209,10 @@ def _compile(
             raise VerificationError(
                 "; ".join(findings.problems), hint="--no-strict writes the artifact all the same"
             )
-            kept = None
+        kept = None
         if cache is not None:
             kept = cache_report(cache, traced_path, path, target, model.kind, data.held_back)
-    sqnr = measure_sqnr(smoothed, path, plan, data.held_back[0], work)
+        sqnr = measure_sqnr(smoothed, path, plan, data.held_back[0], work)
 
     report = make_report(
         model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases,
