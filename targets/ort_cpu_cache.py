@@ -12,7 +12,7 @@ import onnxruntime as ort
 _HEADS: Final = 2
 _SIZE: Final = 8
 _TOKENS: Final = 4
-_STORED: Final = {8: ("int8", _SIZE), 4: ("uint8", _SIZE // 2)}
+STORED: Final = {8: ("int8", _SIZE), 4: ("uint8", _SIZE // 2)}
 """By bits: the type of the cache, and the length of its last axis."""
 
 
@@ -24,7 +24,7 @@ def cached_codes_obstacle(bits: int) -> str | None:
     the nearest ones, and the result that of attention over what the codes stand for.
     """
     rng = np.random.default_rng(0)
-    type_, width = _STORED[bits]
+    type_, width = STORED[bits]
     last = 2 ** (bits - 1) - 1
     codes = rng.integers(-last, last + 1, (2, _HEADS, _TOKENS, _SIZE))
     scales = rng.uniform(0.5, 2.0, (2, 1, _HEADS, 1, _SIZE)).astype(np.float32) / last
