@@ -15,7 +15,8 @@ from qcompile.passes.known_mask import MaskMeaning, meaning_of
 from qcompile.passes.matching import build, is_op, made_by, put_for
 from qcompile.passes.symbolic_shapes import dims_of
 
-from qcompile.cache import PAST, PRESENT
+from qcompile.cache import KINDS, PAST, PRESENT
+from qcompile.cache_plan import CachePlan
 from qcompile.errors import ModelError
 from qcompile.names import module_path
 
@@ -43,10 +44,18 @@ class KvCache(ir.passes.InPlacePass):
     Shapes that were read off ``attention_mask`` are read off ``input_ids``. A model that has a
     cache already is left as it is.
 
+    Args:
+        plan: how keys and values become codes; None: they stay float. Codes of 8 bits are int8, two
+            of 4 bits make one uint8, so that the last axis of the cache is half as long.
+
     Raises:
         ModelError: an attention that cannot be cached, or anything else that mixes tokens, with
             its module path. All or nothing.
     """
+
+    def __init__(self, plan: CachePlan | None = None) -> None:
+        super().__init__()
+        self.plan = plan
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         names = {value.name for value in model.graph.inputs}
@@ -62,7 +71,7 @@ class KvCache(ir.passes.InPlacePass):
             raise ModelError(f"the model cannot have a cache: it has no input {_TOKENS}")
         shared = _shared(model.graph, padding, tokens)
         for layer, attention in enumerate(found):
-            _put(model.graph, attention, layer, shared)
+            _put(model.graph, attention, layer, shared, self.plan)
         for node in padding.consumers():
             if is_op(node, "Shape") and node not in shared.nodes:
                 node.replace_input_with(0, tokens)
@@ -190,7 +199,9 @@ def _shared(graph: ir.Graph, padding: ir.Value, tokens: ir.Value) -> _Shared:
     return _Shared(last, total, bias, nodes)
 
 
-def _put(graph: ir.Graph, attention: _Attention, layer: int, shared: _Shared) -> None:
+def _put(
+    graph: ir.Graph, attention: _Attention, layer: int, shared: _Shared, plan: CachePlan | None
+) -> None:
     node, size = attention.node, attention.size
     q, k, v = node.inputs[:3]
     assert q is not None and k is not None and v is not None
@@ -201,16 +212,16 @@ def _put(graph: ir.Graph, attention: _Attention, layer: int, shared: _Shared) ->
             _flattened(graph, node, x, n * size, nodes)
             for x, n in zip((q, k, v), counts, strict=True)
         )
-    batch = (dims_of(v) or [None])[0]
+    batch, kept = (dims_of(v) or [None])[0], _kept(attention, v, plan)
     past = [
         ir.Value(
             name=PAST.format(layer, kind),
-            shape=ir.Shape([batch, attention.groups, "past_sequence", size]),
-            type=v.type,
+            shape=ir.Shape([batch, attention.groups, "past_sequence", kept.size]),
+            type=kept.type,
         )
-        for kind in ("key", "value")
+        for kind in KINDS
     ]
-    attributes: dict[str, int | float] = {
+    attributes: dict[str, int | float | str] = {
         "num_heads": attention.heads,
         "kv_num_heads": attention.groups,
         "scale": _scale(node, size),
@@ -218,14 +229,24 @@ def _put(graph: ir.Graph, attention: _Attention, layer: int, shared: _Shared) ->
     if attention.meaning.window is not None:
         attributes["local_window_size"] = attention.meaning.window
     inputs = [q, k, v, *past, shared.last, shared.total, None, None, None, shared.bias]
+    if plan is not None:
+        attributes |= {
+            "k_quant_type": "PER_CHANNEL",
+            "v_quant_type": "PER_CHANNEL",
+            "kv_cache_bit_width": plan.bits,
+        }
+        inputs.append(None)
+        for kind, scales in zip(KINDS, (plan.keys, plan.values), strict=True):
+            scale = np.asarray(scales[layer], np.float32)[None, :, None]
+            inputs.append(constant(graph, f"{node.name}/{kind}_scale", scale))
     cached = ir.node(
         "GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3,
         name=node.name, metadata_props=node.metadata_props,
     )  # fmt: skip
-    for made, kind in zip(cached.outputs[1:], ("key", "value"), strict=True):
+    for made, kind in zip(cached.outputs[1:], KINDS, strict=True):
         made.name = PRESENT.format(layer, kind)
-        made.type = v.type
-        made.shape = ir.Shape([batch, attention.groups, "total_sequence", size])
+        made.type = kept.type
+        made.shape = ir.Shape([batch, attention.groups, "total_sequence", kept.size])
     for at, made_node in enumerate(nodes):
         made_node.name = f"{node.name}/{at}/{made_node.op_type}"
     nodes.append(cached)
@@ -240,6 +261,27 @@ def _put(graph: ir.Graph, attention: _Attention, layer: int, shared: _Shared) ->
     put_for(graph, node.outputs[0], nodes, result)
     graph.inputs.extend(past)
     graph.outputs.extend(cached.outputs[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """What one head of one token is kept as: `size` elements of `type`."""
+
+    type: ir.TypeProtocol | None
+    size: int
+
+
+def _kept(attention: _Attention, value: ir.Value, plan: CachePlan | None) -> _Kept:
+    if plan is None:
+        return _Kept(value.type, attention.size)
+    if plan.bits == 8:
+        return _Kept(ir.TensorType(ir.DataType.INT8), attention.size)
+    if attention.size % 2:
+        raise ModelError(
+            f"{module_path(attention.node)} cannot have a cache of {plan.bits} bits: "
+            f"its heads have {attention.size} channels, and two share a byte"
+        )
+    return _Kept(ir.TensorType(ir.DataType.UINT8), attention.size // 2)
 
 
 def _scale(node: ir.Node, size: int) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from qcompile.cache_plan import CachePlan
 from qcompile.config import CompileConfig
 from qcompile.errors import ModelError, StandInWarning
 from qcompile.genai import CONFIG as GENAI
@@ -85,6 +86,7 @@ def complete(
     target: Target,
     report: Report,
     plan: PrecisionPlan,
+    cache: CachePlan | None,
     config: CompileConfig,
     feed: Batch,
     reference: Path,
@@ -93,6 +95,7 @@ def complete(
 
     Args:
         folder: holds the graph already.
+        cache: how keys and values are codes, where they are.
         feed: a held-back feed, for the check sample.
         reference: path of the float graph, whose output the sample records.
     """
@@ -118,6 +121,7 @@ def complete(
         "session_options": {},
         "library": target.carried(folder),
         "plan": plan.to_dict(),
+        "cache": cache.to_dict() if cache is not None else None,
         "kernels": {op.name: target.kernels_for(op, plan) for op in plan.quantized},
         "sha256": {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
     }

@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 PAST: Final = "past_key_values.{}.{}"
 PRESENT: Final = "present.{}.{}"
 """Names by layer and by ``key`` or ``value``: those of optimum and of onnxruntime-genai."""
+
+KINDS: Final = ("key", "value")
+
+_TYPES: Final = {
+    "tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8
+}  # fmt: skip
 
 
 def past_of(name: str) -> str:
@@ -42,8 +49,13 @@ def fed(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[str, Any
     batch = next((np.shape(value)[0] for value in made.values() if np.ndim(value)), 1)
     for i in session.get_inputs():
         if is_past(i.name) and i.name not in feed:
-            made[i.name] = np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32)
+            made[i.name] = empty(i, batch, 0)
     return made
+
+
+def empty(past: ort.NodeArg, batch: int, tokens: int) -> npt.NDArray[Any]:
+    """Zeros for the input `past` [batch, heads, tokens, ...]: float32, int8 or packed uint8."""
+    return np.zeros((batch, past.shape[1], tokens, past.shape[3]), _TYPES[past.type])
 
 
 def after(session: ort.InferenceSession, feed: Mapping[str, Any], past: int) -> dict[str, Any]:
@@ -61,7 +73,11 @@ def after(session: ort.InferenceSession, feed: Mapping[str, Any], past: int) -> 
     for name, value in made.items():
         if is_past(name):
             shape = (value.shape[0], value.shape[1], past, value.shape[3])
-            made[name] = rng.standard_normal(shape, np.float32)
+            made[name] = (
+                rng.standard_normal(shape, np.float32)
+                if value.dtype == np.float32
+                else rng.integers(0, 128, shape, value.dtype)
+            )
     mask = made["attention_mask"]
     made["attention_mask"] = np.pad(mask, ((0, 0), (past, 0)), constant_values=1)
     if "position_ids" in made:

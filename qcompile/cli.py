@@ -118,8 +118,8 @@ def cli() -> None:
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model folder.")
 @click.option(
     "--cache/--no-cache",
-    default=False,
-    help="A language model keeps keys and values: for `qcompile run`.  [default: no cache]",
+    default=None,
+    help="A language model keeps keys and values: for `qcompile run`.  [default: with kv8, kv4]",
 )
 @click.option(
     "--strict/--no-strict",
@@ -201,10 +201,12 @@ def targets_command() -> None:
 @cli.command("schemes", short_help="List schemes.")
 def schemes_command() -> None:
     """List quantisation schemes."""
-    from qcompile.schemes import SCHEMES
+    from qcompile.schemes import CACHES, SCHEMES
 
     for scheme in SCHEMES.values():
         click.echo(f"{scheme.name:8} {scheme.summary}")
+    for suffix, bits in CACHES.items():
+        click.echo(f"…{suffix:7} any of these, keys and values kept in {bits} bits")
 
 
 @cli.command("inspect", short_help="Show an artifact's plan per op.")

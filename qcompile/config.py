@@ -147,7 +147,7 @@ class CompileConfig(_Frozen):
         shapes: (batch, sequence) pairs to plan for and to measure speed at; none: 1x128 of tokens
             (and 1x1 for what generates), else the first held-back sample's.
         cache: a causal language model keeps its keys and values, so that it generates; without,
-            its graph gives the logits of every position at once.
+            its graph gives the logits of every position at once. None: as the scheme has it.
         strict: a verification that does not hold is an error, not only a line in the report.
 
     Raises:
@@ -172,7 +172,7 @@ class CompileConfig(_Frozen):
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
     trust_remote_code: bool = False
     shapes: tuple[Shape, ...] = ()
-    cache: bool = False
+    cache: bool | None = None
     strict: bool = True
 
     @pydantic.field_validator("recipe", mode="before")

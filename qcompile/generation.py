@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from qcompile.cache import has_cache, is_past, is_present, past_of
+from qcompile.cache import empty, has_cache, is_past, is_present, past_of
 from qcompile.errors import ConfigError, ModelError
 
 Tokens: TypeAlias = npt.NDArray[np.int64]
@@ -41,9 +41,7 @@ class Decoder:
         self._binding = session.io_binding()
         self._binding.bind_output(_LOGITS, "cpu")  # the first to be bound is the first to be read
         buffers = {
-            i.name: ort.OrtValue.ortvalue_from_numpy(
-                np.zeros((batch, i.shape[1], capacity, i.shape[3]), np.float32)
-            )
+            i.name: ort.OrtValue.ortvalue_from_numpy(empty(i, batch, capacity))
             for i in session.get_inputs()
             if is_past(i.name)
         }

@@ -41,13 +41,21 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         ConfigError: no such scheme there, nothing to compile for, or a choice that would have to
             be measured and cannot.
     """
-    if scheme.name not in target.schemes:
+    if scheme.base not in target.schemes:
         raise ConfigError(
-            f"target {target.name} has no scheme {scheme.name}",
+            f"target {target.name} has no scheme {scheme.base}",
             hint="one of " + ", ".join(target.schemes),
         )
     if config.cache and not target.caches:
         raise ConfigError(f"target {target.name} has no attention with a cache")
+    if scheme.cache_bits is not None:
+        if config.cache is False:
+            raise ConfigError(
+                f"scheme {scheme.name} is for a model with a cache", hint=f"or {scheme.base}"
+            )
+        missing = target.cache_obstacle(scheme.cache_bits)
+        if missing is not None:
+            raise ConfigError(f"scheme {scheme.name}: {missing}")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
     if scheme.quantizes and not scheme.modes and not config.recipe.names("w8a8"):

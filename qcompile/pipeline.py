@@ -13,6 +13,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
 from qcompile import artifact, frontend
+from qcompile.cache_effect import cache_report
+from qcompile.cache_planning import plan_cache
 from qcompile.calibration.data import CalibrationData, check_calibration_path, load_calibration
 from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
@@ -91,6 +93,8 @@ def compile_model(
     if not chosen_scheme.quantizes and config.plans:
         raise ConfigError(f"scheme {scheme} plans nothing, so {config.plans[0]} has no effect")
     check_target(chosen_target, chosen_scheme, config)
+    if chosen_scheme.cache_bits is not None:
+        config = config.model_copy(update={"cache": True})
     check_plan_paths(config)
     if isinstance(calibration, str | Path):
         check_calibration_path(Path(calibration))
@@ -175,10 +179,14 @@ def _compile(
     rows = site_rows(stats, smoothing, plan)
     stats.clear()
     smoothed = graph.clone()
+    cache = None
+    if scheme.cache_bits is not None:
+        with phases.phase("cache") as step:
+            cache = plan_cache(smoothed, scheme.cache_bits, data.calibration, work, progress=step)
     run(graph, [Quantize(plan)])
 
     with phases.phase("lower"):
-        run(graph, [*cached, *target.lower(plan)])
+        run(graph, [*([KvCache(cache)] if config.cache else []), *target.lower(plan)])
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:
@@ -201,13 +209,18 @@ def _compile(
             raise VerificationError(
                 "; ".join(findings.problems), hint="--no-strict writes the artifact all the same"
             )
+        kept = None
+        if cache is not None:
+            kept = cache_report(cache, traced_path, path, target, model.kind, data.held_back)
         sqnr = measure_sqnr(smoothed, path, plan, data.held_back[0], work)
 
     report = make_report(
         model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases,
-        decision, config,
+        decision, config, kept,
     )  # fmt: skip
-    artifact.complete(folder, model, target, report, plan, config, data.held_back[0], traced_path)
+    artifact.complete(
+        folder, model, target, report, plan, cache, config, data.held_back[0], traced_path
+    )
     return report
 
 
@@ -268,7 +281,7 @@ def _calibration_data(
     if given is not None:
         return load_calibration(given, model, config)
     session = open_session(work / "canonical.onnx")
-    if not scheme.quantizes:
+    if not scheme.calibrates:
         # Random inputs do to compare two float graphs; a model's own text is slow to write.
         model = dataclasses.replace(model, kind="other")
         config = config.model_copy(update={"samples": 4})

@@ -160,6 +160,38 @@ class Speed(_Model):
         return f"{self.batch}×{self.sequence}{behind}"
 
 
+class CacheEffect(_Model):
+    """What a cache of codes does to the divergence at the positions `first` to `last`.
+
+    Attributes:
+        kl: mean KL to the traced float model, nats per row, where keys and values are kept in
+            ``float``, only the ``keys`` or only the ``values`` are codes, or ``both`` are.
+    """
+
+    first: int
+    last: int
+    kl: dict[str, float]
+
+
+class Cache(_Model):
+    """How keys and values are kept, in codes.
+
+    Attributes:
+        bits: of a code.
+        granularity: of the scales.
+        bytes_per_token: of all layers, for one sequence; `bytes_per_token_float` in float32.
+        samples: how many held-back samples `effect` is of.
+        effect: by position.
+    """
+
+    bits: int
+    granularity: str
+    bytes_per_token: int
+    bytes_per_token_float: int
+    samples: int
+    effect: list[CacheEffect]
+
+
 class Report(_Model):
     """Written to ``report.json``."""
 
@@ -177,6 +209,8 @@ class Report(_Model):
     accuracy: dict[str, float] = {}
     decoded: dict[str, float] = {}
     """The same of a few tokens with a cache: half of them as a prompt, the others one at a time."""
+    cache: Cache | None = None
+    """Of keys and values in codes; None where there is no cache, or one in float."""
     speed: list[Speed] = []
     floats: Floats = "float32"
     kernels: dict[str, int] = {}

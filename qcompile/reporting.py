@@ -14,7 +14,15 @@ from qcompile.explaining import candidate_rows, planning_row
 from qcompile.leftovers import find_leftovers
 from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.progress import Phases
-from qcompile.report import CandidateRow, LeftoverRow, OpRow, Report, SiteRow, SummaryRow
+from qcompile.report import (
+    Cache,
+    CandidateRow,
+    LeftoverRow,
+    OpRow,
+    Report,
+    SiteRow,
+    SummaryRow,
+)
 from qcompile.schemes import Scheme
 from qcompile.smoothing import SmoothingPlan
 from qcompile.targets.base import Target
@@ -37,9 +45,10 @@ def make_report(
     phases: Phases,
     decision: Decision | None,
     config: CompileConfig,
+    cache: Cache | None = None,
 ) -> Report:
     """The report of one compilation; sizes are filled in when the artifact is complete."""
-    warnings = list(data.warnings) if scheme.quantizes else []
+    warnings = list(data.warnings) if scheme.calibrates else []
     if target.caveat:
         warnings.append(target.caveat)
     unplanned = scheme.quantizes and config.objective != "scheme" and config.costs is None
@@ -79,6 +88,7 @@ def make_report(
         ],
         accuracy=findings.accuracy,
         decoded=findings.decoded,
+        cache=cache,
         speed=findings.speed,
         kernels=findings.kernels.counts,
         sites=sites,

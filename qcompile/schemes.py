@@ -19,16 +19,28 @@ class Scheme:
         summary: one line for `qcompile schemes`.
         labels: the implementations that it names; of several modes, the target says which first.
         floats: the type of what stays floating point; None: the one that the target is fastest in.
+        cache_bits: of the codes that keys and values are kept in; None: they are kept in float.
     """
 
     name: str
     summary: str
     labels: tuple[Label, ...] = ()
     floats: Floats | None = None
+    cache_bits: int | None = None
+
+    @property
+    def base(self) -> str:
+        """The name without the cache."""
+        return self.name.removesuffix(f"kv{self.cache_bits}")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything is measured on calibration data."""
+        return self.quantizes or self.cache_bits is not None
 
     @property
     def quantizes(self) -> bool:
-        """Whether anything is."""
+        """Whether any op is."""
         return bool(self.labels)
 
     @property
@@ -49,12 +61,19 @@ SCHEMES: Final = {
 }
 
 
+CACHES: Final = {"kv8": 8, "kv4": 4}
+"""What may follow a name: the bits that keys and values are kept in."""
+
+
 def get_scheme(name: str) -> Scheme:
-    """The scheme `name`.
+    """The scheme `name`, which may end in one of `CACHES`: ``w8a8kv8``.
 
     Raises:
         ConfigError: there is none of that name.
     """
-    if name not in SCHEMES:
-        raise ConfigError(f"unknown scheme {name!r}", hint="one of " + ", ".join(SCHEMES))
-    return SCHEMES[name]
+    suffix = next((suffix for suffix in CACHES if name.endswith(suffix)), "")
+    scheme = SCHEMES.get(name.removesuffix(suffix))
+    if scheme is None:
+        hint = f"one of {', '.join(SCHEMES)}; {' or '.join(CACHES)} may follow"
+        raise ConfigError(f"unknown scheme {name!r}", hint=hint)
+    return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix))

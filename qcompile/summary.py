@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,7 +12,7 @@ from rich.table import Table
 from qcompile.artifact import Artifact
 from qcompile.benching import Rate
 from qcompile.precision import LABELS
-from qcompile.report import CandidateRow, Planning, Report
+from qcompile.report import Cache, CandidateRow, Planning, Report
 from qcompile.targets import Target
 
 _FIGURES = {
@@ -44,6 +44,9 @@ def print_summary(artifact: Artifact, console: Console) -> None:
     if report.decoded:
         label, form = _FIGURES["kl"]
         table.add_row(f"{label}, decoded with the cache", form.format(report.decoded["kl"]))
+    if report.cache is not None:
+        for label, text in _cache_rows(report.cache):
+            table.add_row(label, text)
     for speed in report.speed:
         baseline = "float" if report.floats == "float32" else report.floats
         table.add_row(f"speed at {speed.shape}", f"{speed.ratio:.2f}× {baseline}, same process")
@@ -56,6 +59,22 @@ def print_summary(artifact: Artifact, console: Console) -> None:
             f"{len(report.refusals)} sites could not be smoothed; "
             f"`qcompile inspect {escape(str(artifact.path))}` says why."
         )
+
+
+def _cache_rows(cache: Cache) -> Iterator[tuple[str, str]]:
+    """How large the cache is, and what its codes do to the divergence, by position."""
+    part = cache.bytes_per_token / cache.bytes_per_token_float
+    yield (
+        "keys and values",
+        f"{cache.bits} bits {cache.granularity}, {cache.bytes_per_token} bytes a token "
+        f"({part:.1%} of float32)",
+    )
+    for row in cache.effect:
+        base = row.kl["float"]
+        added = ", ".join(
+            f"{form} {row.kl[form] - base:+.5f}" for form in row.kl if form != "float"
+        )
+        yield f"KL at positions {row.first} to {row.last}", f"{base:.5f} kept in float; {added}"
 
 
 def print_ops(report: Report, console: Console) -> None:

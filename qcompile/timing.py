@@ -9,7 +9,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from qcompile.cache import fed
+from qcompile.cache import after, fed
 from qcompile.session import device_of
 
 
@@ -18,6 +18,7 @@ def speed_ratio(
     fast: ort.InferenceSession,
     feed: Mapping[str, Any],
     *,
+    past: int = 0,
     seconds: float = 3.0,
     min_rounds: int = 5,
     max_rounds: int = 200,
@@ -30,10 +31,11 @@ def speed_ratio(
         slow, fast: sessions that take `feed` (names they do not know are left out; a
             cache that is not in it is empty).
         feed: one input.
+        past: tokens that are in the cache of a session that keeps one.
         seconds: how long to measure, about.
         min_rounds, max_rounds: bounds on the rounds.
     """
-    runs = [runner(slow, feed), runner(fast, feed)]
+    runs = [runner(s, after(s, feed, past) if past else feed) for s in (slow, fast)]
     for run in runs:
         run()
     times: tuple[list[float], list[float]] = ([], [])

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qcompile.cache import after, fed
+from qcompile.cache import fed
 from qcompile.equivalence import float_problems
 from qcompile.kernels import Kernels, expected_kernels, read_back
 from qcompile.metrics import Accuracy, sqnr_db
@@ -217,8 +217,7 @@ def _speeds(
     for feed in timed or [first_sample(reference, held_back)]:
         batch, sequence = shape_of(feed)
         before = past if sequence == 1 else 0
-        given = after(reference, feed, before) if before else feed
-        ratio, rounds = speed_ratio(reference, compiled, given)
+        ratio, rounds = speed_ratio(reference, compiled, feed, past=before)
         speeds.append(
             Speed(batch=batch, sequence=sequence, past=before, ratio=ratio, rounds=rounds)
         )

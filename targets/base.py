@@ -100,6 +100,10 @@ class Target(abc.ABC):
         """Why there are no measured times to plan by but a user's own, or None."""
         return None
 
+    def cache_obstacle(self, bits: int) -> str | None:
+        """Why keys and values cannot be kept in codes of `bits`, or None."""
+        return f"target {self.name} has no attention with a quantised cache"
+
     def refusal(self, in_features: int, out_features: int) -> str | None:
         """Why a Linear of this size has no INT8 kernel, or None."""
         return None

@@ -17,6 +17,7 @@ from qcompile.passes.integer_matmul import CONTRIB, KERNEL, IntegerMatMul
 from qcompile.passes.weight_only import KERNEL as NBITS
 from qcompile.passes.weight_only import WeightOnlyMatMul
 from qcompile.targets.base import Capability, Target
+from qcompile.targets.ort_cpu_cache import STORED, cached_codes_obstacle
 
 from qcompile.errors import ConfigError
 from qcompile.precision import Label, OpPlan, PrecisionPlan
@@ -103,6 +104,7 @@ class OrtCpu(Target):
             "target_u8s8_saturates": self.saturates,
             "onnxruntime": ort.__version__,
             "kernels": {f"{CONTRIB}.{name}": has_kernel(name, CONTRIB) for name in (KERNEL, NBITS)},
+            "cache_bits": [bits for bits in STORED if cached_codes_obstacle(bits) is None],
         }
 
     def machine(self) -> dict[str, str]:
@@ -125,6 +127,9 @@ class OrtCpu(Target):
         row = super().capability(op, label)
         domain, _, kernel = row.kernel.rpartition(".") if row is not None else ("", "", "")
         return row if has_kernel(kernel, domain) else None
+
+    def cache_obstacle(self, bits: int) -> str | None:
+        return cached_codes_obstacle(bits)
 
     def kernels_for(self, op: OpPlan, plan: PrecisionPlan) -> tuple[str, ...]:
         if op.precision != "int8":

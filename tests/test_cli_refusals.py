@@ -120,7 +120,18 @@ def test_custom_code_is_not_run(run_cli: RunCli, model: Path, tmp_path: Path) ->
         (["--target", "ort-tpu"], "unknown target 'ort-tpu' (one of ort-cpu"),
         (["--target", ""], "unknown target ''"),
         (["--target", "ort-cpu:z80"], "has no variant 'z80' (one of avx2"),
-        (["--scheme", "w3a3"], "unknown scheme 'w3a3' (one of fp32, fp16, w8a8, w8a16, w4a16)"),
+        (
+            ["--scheme", "w3a3"],
+            "unknown scheme 'w3a3' (one of fp32, fp16, w8a8, w8a16, w4a16; kv8 or kv4 may follow)",
+        ),
+        (
+            ["--scheme", "w8a8kv8", "--no-cache"],
+            "scheme w8a8kv8 is for a model with a cache (or w8a8)",
+        ),
+        (
+            ["--scheme", "w8a8kv8", "--target", "ort-cuda:sm90"],
+            "target ort-cuda has no attention with a quantised cache",
+        ),
         (["--smooth", "on"], "smooth: 'on'"),
         (["--smooth", "2"], "smooth"),
         (["--samples", "0"], "samples"),

@@ -10,7 +10,7 @@ import pytest
 
 from qcompile.config import CompileConfig, Recipe, SiteRule, parse_smooth
 from qcompile.errors import ConfigError
-from qcompile.schemes import SCHEMES, get_scheme
+from qcompile.schemes import CACHES, SCHEMES, get_scheme
 
 
 def recipe(tmp_path: Path, text: str) -> Recipe:
@@ -247,7 +247,23 @@ def test_schemes() -> None:
     assert get_scheme("w8a8").quantizes
     with pytest.raises(ConfigError) as error:
         get_scheme("w3a3")
-    refused(error, "w3a3", "fp32", "w8a8")
+    refused(error, "w3a3", "fp32", "w8a8", "kv8")
+
+
+@pytest.mark.parametrize("base", SCHEMES)
+def test_a_cache_may_follow_any_scheme(base: str) -> None:
+    plain = get_scheme(base)
+    assert (plain.cache_bits, plain.base, plain.calibrates) == (None, base, plain.quantizes)
+    for suffix, bits in CACHES.items():
+        scheme = get_scheme(base + suffix)
+        assert (scheme.name, scheme.base, scheme.cache_bits) == (base + suffix, base, bits)
+        assert scheme.calibrates and scheme.labels == plain.labels
+
+
+@pytest.mark.parametrize("name", ["kv8", "w8a8kv", "w8a8kv2", "w8a8kv8kv8", "w8a8 kv8", "w8a8KV8"])
+def test_what_is_no_cache(name: str) -> None:
+    with pytest.raises(ConfigError, match="unknown scheme"):
+        get_scheme(name)
 
 
 def test_a_mapping_will_do_for_a_recipe() -> None:

@@ -84,10 +84,10 @@ def tokens(mask: list[list[int]]) -> Feed:
     return {"input_ids": RNG.integers(0, 10, kept.shape), "attention_mask": kept}
 
 
-def stepped(model: ir.Model, feed: Feed, prompt: int) -> np.ndarray:
+def stepped(model: ir.Model, feed: Feed, prompt: int, cache: Feed | None = None) -> np.ndarray:
     """The outputs of a prompt and of one token at a time after it, side by side."""
     batch, length = feed["input_ids"].shape
-    cache = {
+    cache = cache or {
         f"past_key_values.0.{kind}": np.zeros((batch, 2, 0, 8), np.float32)
         for kind in ("key", "value")
     }
