@@ -21,6 +21,7 @@ from qcompile.choosing import decide, scheme_choice
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
+from qcompile.last import keep_last
 from qcompile.limits import broken_limits, check_limits, check_plan_paths, check_target
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
@@ -203,6 +204,8 @@ def _compile(
                 "; ".join(findings.problems), hint="--no-strict writes the artifact all the same"
             )
         sqnr = measure_sqnr(smoothed, path, plan, data.held_back[0], work)
+        if config.last_logits:
+            keep_last(graph, path, target, data.held_back[0])
 
     report = make_report(
         model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases,
