@@ -156,6 +156,9 @@ def _sized(node: ir.Node, meaning: MaskMeaning) -> _Attention | None:
     ]
     if None in sizes or len({len(dims_of(v) or ()) for v in node.inputs[:3]}) != 1:
         return None
+    lengths = [(dims_of(v) or [None])[-2] for v in node.inputs[:2]]
+    if None in lengths or len(set(lengths)) > 1:
+        return None  # of something else than the tokens themselves
     (heads, size), *rest = (s for s in sizes if s is not None)
     groups = rest[0][0]
     # The op has one size for keys and values, and as many of the one as of the other.

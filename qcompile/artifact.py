@@ -105,6 +105,10 @@ def complete(
     if config.cache:
         settings = genai_config(ir.load(folder / GRAPH).graph, folder, model.max_length)
         (folder / GENAI).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    if config.last_logits and "attention_mask" in feed:
+        # The last token of the sample must not be padding.
+        real = feed["attention_mask"][0] != 0
+        feed = {name: value[:1, real] for name, value in feed.items()}
     _write_sample(folder, model.kind, feed, reference, target.runtime())
     report.bytes_float = _weight_bytes(model.ir)
     report.bytes = sum(p.stat().st_size for p in folder.glob(f"{GRAPH}*"))

@@ -23,6 +23,7 @@ from qcompile.choosing import decide, scheme_choice
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
+from qcompile.last import keep_last
 from qcompile.limits import broken_limits, check_limits, check_plan_paths, check_target
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
@@ -128,6 +129,7 @@ def _compile(
         model.ir = spill(model.ir, work, "canonical")
 
     cached = (KvCache(),) if config.cache else ()
+    generating = [pass_() for pass_ in target.generating] if config.cache else []
     lowered = partial(_lowered_float, model, target)
     baseline_path = float_path = lowered(cached, "float32", work / "float.onnx")
     if scheme.quantizes and target.floats != "float32":
@@ -186,7 +188,7 @@ def _compile(
     run(graph, [Quantize(plan)])
 
     with phases.phase("lower"):
-        run(graph, [*([KvCache(cache)] if config.cache else []), *target.lower(plan)])
+        run(graph, [*([KvCache(cache)] if config.cache else []), *target.lower(plan), *generating])
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:
@@ -213,6 +215,8 @@ def _compile(
         if cache is not None:
             kept = cache_report(cache, traced_path, path, target, model.kind, data.held_back)
         sqnr = measure_sqnr(smoothed, path, plan, data.held_back[0], work)
+        if config.last_logits:
+            keep_last(graph, path, target, data.held_back[0])
 
     report = make_report(
         model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases,
@@ -233,8 +237,10 @@ def _lowered_float(
 ) -> Path:
     """The float graph as `target` runs it, written to `path` beside the weights."""
     graph = model.ir.clone()
-    run(graph, [*cached, *target.lower(PrecisionPlan(floats=floats))])
-    ir.save(graph, path, external_data=f"{path.name}.data" if floats != "float32" else None)
+    generating = [pass_() for pass_ in target.generating] if cached else []
+    run(graph, [*cached, *target.lower(PrecisionPlan(floats=floats)), *generating])
+    own = floats != "float32" or generating  # weights that are not those on disk
+    ir.save(graph, path, external_data=f"{path.name}.data" if own else None)
     return path
 
 

@@ -207,6 +207,28 @@ def test_check_knows_a_cached_artifact(compile_cached: Cached, run_cli: RunCli) 
     assert run_cli("check", compile_cached("w8a8").path).status == 0
 
 
+def test_logits_of_the_last_token_alone(
+    compile_cached: Cached, tiny_opt: Path, tiny_onnx: Path, tokenizer: Any, tmp_path: Path,
+    small: qcompile.CompileConfig, run_cli: RunCli,
+) -> None:  # fmt: skip
+    """The same text from fewer logits; what they cost in accuracy was measured with all of them."""
+    whole = compile_cached("w8a8")
+    asked = {"cache": True, "last_logits": True, "plan_in": whole.path / "plan.json"}
+    artifact = qcompile.compile(
+        tiny_onnx, target="ort-cpu:avx2", calibration=tiny_opt / "calibration.txt",
+        config=small.model_copy(update=asked), output=tmp_path / "last",
+    )  # fmt: skip
+    sessions = (whole.session(), artifact.session())
+    assert Decoder(sessions[1], 2, 8).step(np.ones((2, 3), np.int64)).shape[:2] == (2, 1)
+    prompts = [tokenizer(text)["input_ids"] for text in ("def f(x):\n    return", PROMPT)]
+    texts = [np.stack(list(generate(session, prompts, 32))).tolist() for session in sessions]
+    assert texts[0] == texts[1]
+    assert artifact.report.accuracy == pytest.approx(whole.report.accuracy)
+    assert run_cli("check", artifact.path).status == 0
+    with pytest.raises(ConfigError, match="last_logits are for generating"):
+        qcompile.CompileConfig(last_logits=True)
+
+
 def test_a_cache_is_refused_where_it_means_nothing(
     tiny_onnx: Path, tmp_path: Path, small: qcompile.CompileConfig
 ) -> None:

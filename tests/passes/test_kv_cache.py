@@ -189,6 +189,12 @@ def test_heads_first() -> None:
         ),
         pytest.param(
             BOTH,
+            ATTENTION.replace("k, k", "kk, kk").replace("y =", "kk = Concat <axis = 1> (k, k) y ="),
+            "has no cached op",
+            id="other-keys-than-the-tokens",
+        ),
+        pytest.param(
+            BOTH,
             ATTENTION.replace("y =", "x =")
             + " s = Cast <to = 1> (at) t = Unsqueeze (s, two) y = Add (x, t)",
             "reads attention_mask",
