@@ -17,7 +17,7 @@ from qcompile.targets.ort_cpu_cache import cached_codes_obstacle
 
 import qcompile
 from qcompile.cache import after, is_past
-from qcompile.cache_planning import plan_cache
+from qcompile.cache_planning import REACH, plan_cache
 from qcompile.errors import CalibrationError, ConfigError
 from qcompile.generation import Decoder, generate
 from qcompile.metrics import Accuracy
@@ -168,7 +168,7 @@ def test_scales_are_of_the_largest_magnitudes(bits: int, tmp_path: Path) -> None
     feeds = [tokens([[1] * 3, [0, 1, 1]]), tokens([[1] * 5])]
     plan = plan_cache(model, bits, feeds, tmp_path)
     seen = np.concatenate([feed["input_ids"].reshape(-1) for feed in feeds])
-    scale = np.abs(table[seen]).max(axis=0) / (2 ** (bits - 1) - 1)
+    scale = REACH[bits] * np.abs(table[seen]).max(axis=0) / (2 ** (bits - 1) - 1)
     scale[3] = 1.0  # a channel that is always zero
     for found in (*plan.keys, *plan.values):
         np.testing.assert_allclose(found, scale.reshape(2, 8), rtol=1e-6)

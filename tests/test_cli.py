@@ -18,8 +18,8 @@ from tests.cli_runner import Outcome, RunCli
 
 KEYS = {
     "path", "model", "task", "target", "scheme", "calibration", "samples", "held_back", "warnings",
-    "refusals", "bytes_float", "bytes", "accuracy", "decoded", "speed", "floats", "seconds",
-    "ops_by_precision",
+    "refusals", "bytes_float", "bytes", "accuracy", "decoded", "cache", "speed", "floats",
+    "seconds", "ops_by_precision",
 }  # fmt: skip
 
 
