@@ -125,7 +125,6 @@ def _compile(
         model.ir = spill(model.ir, work, "canonical")
 
     cached = (KvCache(),) if config.cache else ()
-    generating = [pass_() for pass_ in target.generating] if config.cache else []
     lowered = partial(_lowered_float, model, target)
     baseline_path = float_path = lowered(cached, "float32", work / "float.onnx")
     if scheme.quantizes and target.floats != "float32":
@@ -180,7 +179,7 @@ def _compile(
     run(graph, [Quantize(plan)])
 
     with phases.phase("lower"):
-        run(graph, [*cached, *target.lower(plan), *generating])
+        run(graph, [*cached, *target.lower(plan)])
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:
@@ -224,10 +223,8 @@ def _lowered_float(
 ) -> Path:
     """The float graph as `target` runs it, written to `path` beside the weights."""
     graph = model.ir.clone()
-    generating = [pass_() for pass_ in target.generating] if cached else []
-    run(graph, [*cached, *target.lower(PrecisionPlan(floats=floats)), *generating])
-    own = floats != "float32" or generating  # weights that are not those on disk
-    ir.save(graph, path, external_data=f"{path.name}.data" if own else None)
+    run(graph, [*cached, *target.lower(PrecisionPlan(floats=floats))])
+    ir.save(graph, path, external_data=f"{path.name}.data" if floats != "float32" else None)
     return path
 
 
