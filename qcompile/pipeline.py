@@ -129,7 +129,6 @@ def _compile(
         model.ir = spill(model.ir, work, "canonical")
 
     cached = (KvCache(),) if config.cache else ()
-    generating = [pass_() for pass_ in target.generating] if config.cache else []
     lowered = partial(_lowered_float, model, target)
     baseline_path = float_path = lowered(cached, "float32", work / "float.onnx")
     if scheme.quantizes and target.floats != "float32":
@@ -188,7 +187,7 @@ def _compile(
     run(graph, [Quantize(plan)])
 
     with phases.phase("lower"):
-        run(graph, [*([KvCache(cache)] if config.cache else []), *target.lower(plan), *generating])
+        run(graph, [*([KvCache(cache)] if config.cache else []), *target.lower(plan)])
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:
@@ -237,10 +236,8 @@ def _lowered_float(
 ) -> Path:
     """The float graph as `target` runs it, written to `path` beside the weights."""
     graph = model.ir.clone()
-    generating = [pass_() for pass_ in target.generating] if cached else []
-    run(graph, [*cached, *target.lower(PrecisionPlan(floats=floats)), *generating])
-    own = floats != "float32" or generating  # weights that are not those on disk
-    ir.save(graph, path, external_data=f"{path.name}.data" if own else None)
+    run(graph, [*cached, *target.lower(PrecisionPlan(floats=floats))])
+    ir.save(graph, path, external_data=f"{path.name}.data" if floats != "float32" else None)
     return path
 
 

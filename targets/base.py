@@ -55,8 +55,6 @@ class Target(abc.ABC):
     """How activations may be quantised where the user leaves it open, the default first."""
     caches: bool = False
     """Whether it runs attention that keeps keys and values."""
-    generating: tuple[type[ir.passes.InPlacePass], ...] = ()
-    """Passes after `lower` where the graph has a cache: most of its steps are of one token."""
     symmetric: bool = False
     """Whether static codes have to be symmetric around zero: kernels without a zero point."""
     blockwise: bool = True

@@ -14,7 +14,6 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import InlinePass
 from qcompile.passes.integer_matmul import CONTRIB, KERNEL, IntegerMatMul
-from qcompile.passes.join_products import JoinProducts
 from qcompile.passes.weight_only import KERNEL as NBITS
 from qcompile.passes.weight_only import WeightOnlyMatMul
 from qcompile.targets.base import Capability, Target
@@ -40,7 +39,6 @@ class OrtCpu(Target):
     summary = "ONNX Runtime, CPU provider"
     variants = ("avx2", "vnni", "arm64")
     caches = True
-    generating = (JoinProducts,)
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
         Capability(

@@ -83,8 +83,7 @@ class Cached:
 def compile_cached(source: Path, folder: Path) -> None:
     model = frontend.load(str(source), CompileConfig(), folder)
     run(model.ir, [pass_() for pass_ in CANONICALIZE])
-    cpu = OrtCpu()
-    run(model.ir, [KvCache(), *cpu.lower(PrecisionPlan()), *(p() for p in cpu.generating)])
+    run(model.ir, [KvCache(), *OrtCpu().lower(PrecisionPlan())])
     ir.save(model.ir, folder / "model.onnx")
     settings = genai_config(model.ir.graph, source, model.max_length)
     (folder / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
