@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+
+from benchmarks.bound import Timed
 
 LAYERS: Final = 8
 HEADS, SIZE = 32, 128
@@ -57,7 +58,7 @@ def text_of(kernel: str, batch: int, sequence: int, groups: int) -> str:
         }}"""
 
 
-class Bound:
+class Bound(Timed):
     """A session on the GPU alone, its inputs and output bound."""
 
     def __init__(self, text: str, feed: dict[str, np.ndarray]) -> None:
@@ -71,19 +72,7 @@ class Bound:
             value = ort.OrtValue.ortvalue_from_numpy(array, "cuda")
             self.binding.bind_ortvalue_input(name, value)
         self.binding.bind_output("y", "cuda")
-        for _ in range(3):
-            self.time()
-
-    def time(self) -> float:
-        """Seconds of one run."""
-        start = time.perf_counter()
-        self.session.run_with_iobinding(self.binding)
-        return time.perf_counter() - start
-
-    def output(self) -> np.ndarray:
-        """Of the last run, in float64."""
-        result: np.ndarray = self.binding.copy_outputs_to_cpu()[0].astype(np.float64)
-        return result
+        self.warm_up()
 
 
 def compare(batch: int, sequence: int, groups: int, repeats: int) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +27,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from qcompile.passes.quantize import Quantize
 from qcompile.targets.ort_cuda import OrtCuda
 
+from benchmarks.bound import Timed
 from qcompile.linears import find_linears, find_sites
 from qcompile.precision import ActivationQuant, OpPlan, PrecisionPlan, QuantizedWeight, SitePlan
 from qcompile.session import open_session
@@ -190,7 +190,7 @@ def plan_of(model: ir.Model, codes: dict[str, np.ndarray]) -> PrecisionPlan:
     return PrecisionPlan(tuple(sites), tuple(ops), "float16")
 
 
-class Bound:
+class Bound(Timed):
     """A session with inputs and outputs bound to the GPU's memory."""
 
     def __init__(self, session: ort.InferenceSession, feed: dict[str, np.ndarray]) -> None:
@@ -203,19 +203,7 @@ class Bound:
         shape = [*feed["ids"].shape, session.get_outputs()[0].shape[-1]]
         result = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float16, device)
         self.binding.bind_ortvalue_output("y", result)
-        for _ in range(3):
-            self.time()
-
-    def time(self) -> float:
-        """Seconds of one run."""
-        start = time.perf_counter()
-        self.session.run_with_iobinding(self.binding)
-        return time.perf_counter() - start
-
-    def output(self) -> np.ndarray:
-        """Of the last run, in float64."""
-        result: np.ndarray = self.binding.copy_outputs_to_cpu()[0].astype(np.float64)
-        return result
+        self.warm_up()
 
 
 def compare(name: str, layers: int, repeats: int, target: OrtCuda) -> list[dict[str, Any]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+LARGEST: Final = 65504.0
+"""Of float16. Its negative is what hides a score: a row that is hidden whole stays finite."""
 
 
 def derived(
@@ -51,6 +54,12 @@ def constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
     )
     graph.register_initializer(value)
     return value
+
+
+def shared_constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:
+    """The constant `array`, one for all who ask by `name`."""
+    name = f"{name}.{'x'.join(map(str, np.ravel(array)))}"
+    return graph.initializers[name] if name in graph.initializers else constant(graph, name, array)
 
 
 def unique_initializer_name(graph: ir.Graph, name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 import onnx_ir as ir
-from qcompile.passes.constants import constant, drop_unused
+from qcompile.passes.constants import LARGEST, constant, drop_unused, shared_constant
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.known_mask import MaskMeaning, meaning_of
 from qcompile.passes.matching import build, is_op, made_by, put_for
@@ -19,9 +19,6 @@ from qcompile.cache import KINDS, PAST, PRESENT
 from qcompile.cache_plan import CachePlan
 from qcompile.errors import ModelError
 from qcompile.names import module_path
-
-HIDDEN: Final = -65504.0
-"""What is added to the score of a key that the mask hides. Rows of padding stay finite."""
 
 _TOKENS: Final = "input_ids"
 _BOOL: Final = int(ir.DataType.BOOL)
@@ -104,7 +101,7 @@ class _Shared:
     Attributes:
         last: int32 [batch], the index of the newest token.
         total: int32 scalar, tokens in the cache after this step.
-        bias: float [batch, 1, sequence, total], zero or `HIDDEN`.
+        bias: float [batch, 1, sequence, total], zero or the lowest float16.
         nodes: that make them.
     """
 
@@ -181,7 +178,7 @@ def _shared(graph: ir.Graph, padding: ir.Value, tokens: ir.Value) -> _Shared:
     """The values that all layers read, made at the start of the graph."""
     one = constant(graph, "cache/one", np.array(1, np.int32))
     zero = constant(graph, "cache/kept", np.array(0.0, np.float32))
-    hidden = constant(graph, "cache/hidden", np.array(HIDDEN, np.float32))
+    hidden = constant(graph, "cache/hidden", np.array(-LARGEST, np.float32))
     axes = constant(graph, "cache/axes", np.array([1, 2]))
     ones = constant(graph, "cache/ones", np.ones(1, np.int64))
     tape = ir.tape.Tape()
@@ -255,7 +252,7 @@ def _put(
     nodes.append(cached)
     result = cached.outputs[0]
     if not attention.flat:
-        split = _sizes(graph, [0, 0, attention.heads, size])
+        split = shared_constant(graph, "cache/sizes", np.array([0, 0, attention.heads, size]))
         apart = build("Reshape", [result, split], {}, node)
         back = build("Transpose", [apart.outputs[0]], {"perm": list(_HEADS_FIRST)}, node)
         apart.name, back.name = f"{node.name}/apart", f"{node.name}/back"
@@ -305,20 +302,13 @@ def _flattened(
         turned = build("Transpose", [value], {"perm": list(_HEADS_FIRST)}, node)
         nodes.append(turned)
         source = turned.outputs[0]
-    merged = build("Reshape", [source, _sizes(graph, [0, 0, width])], {}, node)
+    flat = shared_constant(graph, "cache/sizes", np.array([0, 0, width]))
+    merged = build("Reshape", [source, flat], {}, node)
     nodes.append(merged)
     dims = dims_of(value) or [None] * 4
     merged.outputs[0].type = value.type
     merged.outputs[0].shape = ir.Shape([dims[0], dims[2], width])
     return merged.outputs[0]
-
-
-def _sizes(graph: ir.Graph, sizes: list[int]) -> ir.Value:
-    """The constant `sizes`, one for all layers."""
-    name = f"cache/{'x'.join(map(str, sizes))}"
-    if name in graph.initializers:
-        return graph.initializers[name]
-    return constant(graph, name, np.array(sizes, np.int64))
 
 
 def _check_rest(graph: ir.Graph, padding: ir.Value, shared: _Shared) -> None:

@@ -7,14 +7,11 @@ from typing import Final
 
 import numpy as np
 import onnx_ir as ir
-from qcompile.passes.constants import constant, drop_unused
+from qcompile.passes.constants import LARGEST, drop_unused, shared_constant
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.known_mask import MaskMeaning, meaning_of
 from qcompile.passes.matching import is_op, put_for
 from qcompile.passes.symbolic_shapes import dims_of
-
-LOWEST: Final = -65504.0
-"""What is added to a masked score: the lowest float16. Rows that are masked whole stay finite."""
 
 _INT32: Final = int(ir.DataType.INT32)
 _BOOL: Final = int(ir.DataType.BOOL)
@@ -163,21 +160,15 @@ def _repeated(
     dims = dims_of(x)
     assert dims is not None and isinstance(dims[-1], int)
     size = dims[-1] // groups
-    split = _shared(graph, "heads.split", np.array([0, 0, groups, 1, size]))
-    wide = _shared(graph, "heads.repeat", np.array([1, 1, 1, times, 1]))
-    merged = _shared(graph, "heads.merge", np.array([0, 0, groups * times * size]))
+    split = shared_constant(graph, "heads.split", np.array([0, 0, groups, 1, size]))
+    wide = shared_constant(graph, "heads.repeat", np.array([1, 1, 1, times, 1]))
+    merged = shared_constant(graph, "heads.merge", np.array([0, 0, groups * times * size]))
     parts = tape.op("Expand", [tape.op("Reshape", [x, split]), wide])
     result = tape.op("Reshape", [parts, merged])
     for made in tape.nodes:
         made.outputs[0].type = x.type
     result.shape = ir.Shape([*dims[:-1], groups * times * size])
     return result
-
-
-def _shared(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """The constant `array`, one for all who ask."""
-    name = f"{name}.{'x'.join(map(str, array.ravel()))}"
-    return graph.initializers[name] if name in graph.initializers else constant(graph, name, array)
 
 
 def _bias_of(graph: ir.Graph, tape: ir.tape.Tape, mask: ir.Value) -> ir.Value:
@@ -187,8 +178,8 @@ def _bias_of(graph: ir.Graph, tape: ir.tape.Tape, mask: ir.Value) -> ir.Value:
 
 
 def _bias(graph: ir.Graph, tape: ir.tape.Tape, keep: ir.Value) -> ir.Value:
-    zero = _shared(graph, "score.kept", np.array(0.0, np.float32))
-    lowest = _shared(graph, "score.masked", np.array(LOWEST, np.float32))
+    zero = shared_constant(graph, "score.kept", np.array(0.0, np.float32))
+    lowest = shared_constant(graph, "score.masked", np.array(-LARGEST, np.float32))
     bias = tape.op("Where", [keep, zero, lowest])
     bias.dtype = ir.DataType.FLOAT
     return bias
@@ -203,8 +194,8 @@ def _padding(
     """
     mask = meaning.padding
     assert mask is not None
-    axis = _shared(graph, "axis", np.array(1))
-    axes = _shared(graph, "axes", np.array([1]))
+    axis = shared_constant(graph, "axis", np.array(1))
+    axes = shared_constant(graph, "axes", np.array([1]))
     keep = _typed(tape.op("Cast", [mask], {"to": _BOOL}), ir.DataType.BOOL)
     ones = tape.op("Cast", [tape.op("Equal", [mask, mask])], {"to": _INT32})
     places = _typed(tape.op("CumSum", [ones, axis]), ir.DataType.INT32)
@@ -224,10 +215,10 @@ def _padding(
                 value.dtype = ir.DataType.BOOL if boolean else ir.DataType.INT32
 
     none, some = ir.tape.Tape(), ir.tape.Tape()
-    nothing = _shared(graph, "score.none", np.zeros((1, 1, 1, 1), np.float32))
+    nothing = shared_constant(graph, "score.none", np.zeros((1, 1, 1, 1), np.float32))
     empty = _typed(none.op("Identity", [nothing]), ir.DataType.FLOAT)
-    rows = some.op("Unsqueeze", [places, _shared(graph, "axes", np.array([1, 3]))])
-    columns = _shared(graph, "axes", np.array([1, 2]))
+    rows = some.op("Unsqueeze", [places, shared_constant(graph, "axes", np.array([1, 3]))])
+    columns = shared_constant(graph, "axes", np.array([1, 2]))
     keys = some.op("Unsqueeze", [keep, columns])
     earlier = (
         some.op("LessOrEqual", [some.op("Unsqueeze", [places, columns]), rows])

@@ -10,13 +10,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
-from qcompile.passes.constants import constant, drop_unused, unique_initializer_name
+from qcompile.passes.constants import (
+    LARGEST,
+    constant,
+    drop_unused,
+    unique_initializer_name,
+)
 from qcompile.targets.cuda.schema import BY_NAME, DOMAIN, Operator
 
 from qcompile.errors import ModelError
 from qcompile.linears import is_constant
 
-LARGEST: Final = 65504.0
 _MASK: Final = 1e30
 """A constant beyond it stands for infinity."""
 

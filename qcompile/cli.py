@@ -122,7 +122,9 @@ def cli() -> None:
     help="A language model keeps keys and values: for `qcompile run`.  [default: with kv8, kv4]",
 )
 @click.option(
-    "--last-logits", is_flag=True, help="With --cache: of a prompt, the last token's logits only."
+    "--last-logits",
+    is_flag=True,
+    help="With --cache: of a prompt, the last token's logits only; pad batches on the left.",
 )
 @click.option(
     "--strict/--no-strict",

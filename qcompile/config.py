@@ -148,7 +148,8 @@ class CompileConfig(_Frozen):
             (and 1x1 for what generates), else the first held-back sample's.
         cache: a causal language model keeps its keys and values, so that it generates; without,
             its graph gives the logits of every position at once. None: as the scheme has it.
-        last_logits: with a cache, the graph gives the logits of the last token only.
+        last_logits: with a cache, the graph gives the logits of the last column only, which in a
+            batch that is padded on the right is padding: nothing detects that.
         strict: a verification that does not hold is an error, not only a line in the report.
 
     Raises:
