@@ -1,6 +1,6 @@
 """Decoders of known shapes with random weights: INT8 against float16, on the GPU at hand.
 
-    python -m benchmarks.cuda_models [--models opt-6.7b opt-13b] [--layers 4] [--json PATH]
+    python -m benchmarks.cuda_models [--models opt-6.7b] [--layers 4] [--cache] [--json PATH]
 
 The graph is what a frontend gives, written by hand; the target lowers it twice, for the schemes
 fp16 and w8a8 (activations per token). Weights are random codes times a scale, so that both compute
@@ -24,22 +24,57 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import ShapeInferencePass
+from qcompile.passes.kv_cache import KvCache
 from qcompile.passes.quantize import Quantize
 from qcompile.targets.ort_cuda import OrtCuda
 
 from benchmarks.bound import Timed
+from qcompile.cache import bind_shared
 from qcompile.linears import find_linears, find_sites
 from qcompile.precision import ActivationQuant, OpPlan, PrecisionPlan, QuantizedWeight, SitePlan
 from qcompile.session import open_session
 
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """What a row of the table is of.
+
+    Attributes:
+        batch, sequence: of the new tokens.
+        padded: whether the first quarter of each sequence is padding.
+        captured: whether a captured graph is replayed.
+        past: tokens in the cache.
+    """
+
+    batch: int
+    sequence: int
+    padded: bool = False
+    captured: bool = False
+    past: int = 0
+
+    def __str__(self) -> str:
+        said = f"{self.batch}x{self.sequence}{' padded' if self.padded else ''}"
+        said += f" after {self.past}" if self.past else ""
+        return said + (" captured" if self.captured else "")
+
+    def arrays(self, vocabulary: int) -> dict[str, np.ndarray]:
+        """The graph's inputs but for the cache."""
+        ids = np.random.default_rng(1).integers(0, vocabulary, (self.batch, self.sequence))
+        mask = np.ones((self.batch, self.past + self.sequence), np.int64)
+        if self.padded:
+            mask[:, : self.sequence // 4] = 0
+        positions = np.maximum(np.cumsum(mask, 1) - 1, 0)[:, self.past :]
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
 FEEDS: Final = (
-    (1, 2048, False, False),
-    (8, 512, False, False),
-    (8, 512, True, False),
-    (16, 1, False, False),
-    (16, 1, False, True),
+    Feed(1, 2048),
+    Feed(8, 512),
+    Feed(8, 512, padded=True),
+    Feed(16, 1),
+    Feed(16, 1, captured=True),
 )
-"""Batch, sequence, whether the first quarter is padding, whether a captured graph is replayed."""
+CACHED: Final = (Feed(1, 2048), Feed(8, 512, padded=True), Feed(16, 1, past=1024))
 
 SCALE: Final = 3e-4
 
@@ -69,15 +104,16 @@ def text_of(shape: Shape, layers: int) -> tuple[str, dict[str, tuple[int, ...]]]
     c, inner = shape.width, shape.inner
     weights: dict[str, tuple[int, ...]] = {"embed": (shape.vocabulary, c)}
     body = [
-        "same = Equal(mask, mask)  ones = Cast<to=7>(same)  at = CumSum(ones, axis)",
+        "same = Equal(attention_mask, attention_mask)  ones = Cast<to=7>(same)",
+        "at = CumSum(ones, axis)",
         "rows = Unsqueeze(at, row_axes)  columns = Unsqueeze(at, column_axes)",
-        "causal = LessOrEqual(columns, rows)  real = Cast<to=9>(mask)",
+        "causal = LessOrEqual(columns, rows)  real = Cast<to=9>(attention_mask)",
         "keys = Unsqueeze(real, column_axes)  keep = And(causal, keys)",
-        "x0 = Gather(embed, ids)",
+        "x0 = Gather(embed, input_ids)",
     ]
     if shape.groups:
         weights["frequencies"] = (c // shape.heads // 2,)
-        body.append("place = Unsqueeze(positions, last)  wide = Cast<to=1>(place)")
+        body.append("place = Unsqueeze(position_ids, last)  wide = Cast<to=1>(place)")
         body.append("angle = Mul(wide, frequencies)  cosine = Cos(angle)  sine = Sin(angle)")
 
     def linear(source: str, result: str, name: str, k: int, n: int) -> None:
@@ -127,9 +163,9 @@ def text_of(shape: Shape, layers: int) -> tuple[str, dict[str, tuple[int, ...]]]
         linear(f"h{i}", f"d{i}", f"down{i}", inner, c)
         body.append(f"x{i + 1} = Add(y{i}, d{i})")
     norm(f"x{layers}", "y", "last_norm")
-    inputs = ["int64[b, s] ids", "int64[b, s] mask"]
+    inputs = ["int64[b, s] input_ids", "int64[b, s] attention_mask"]
     if shape.groups:
-        inputs.append("int64[b, s] positions")
+        inputs.append("int64[b, s] position_ids")
     inputs += [f"float[{', '.join(map(str, dims))}] {name}" for name, dims in weights.items()]
     constants = "int64 axis = {1}, int64[2] row_axes = {1, 3}, int64[2] column_axes = {1, 2}"
     return (
@@ -196,17 +232,21 @@ class Bound(Timed):
     def __init__(self, session: ort.InferenceSession, feed: dict[str, np.ndarray]) -> None:
         device = "cuda" if session.get_providers()[0].startswith("CUDA") else "cpu"
         self.session, self.binding = session, session.io_binding()
-        for value in session.get_inputs():
-            array = ort.OrtValue.ortvalue_from_numpy(feed[value.name], device)
-            self.binding.bind_ortvalue_input(value.name, array)
+        for name in feed.keys() & {value.name for value in session.get_inputs()}:
+            array = ort.OrtValue.ortvalue_from_numpy(feed[name], device)
+            self.binding.bind_ortvalue_input(name, array)
         # At one place for all runs, as a captured graph wants it.
-        shape = [*feed["ids"].shape, session.get_outputs()[0].shape[-1]]
+        shape = [*feed["input_ids"].shape, session.get_outputs()[0].shape[-1]]
         result = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float16, device)
         self.binding.bind_ortvalue_output("y", result)
+        batch, tokens = feed["attention_mask"].shape
+        bind_shared(session, self.binding, batch, tokens, device)
         self.warm_up()
 
 
-def compare(name: str, layers: int, repeats: int, target: OrtCuda) -> list[dict[str, Any]]:
+def compare(
+    name: str, layers: int, repeats: int, target: OrtCuda, *, cache: bool
+) -> list[dict[str, Any]]:
     """Lower both, open both, time both in turns."""
     shape = SHAPES[name]
     rows: list[dict[str, Any]] = []
@@ -218,7 +258,7 @@ def compare(name: str, layers: int, repeats: int, target: OrtCuda) -> list[dict[
             if scheme == "w8a8":
                 plan = plan_of(model, codes)
                 Quantize(plan)(model)
-            for pass_ in target.lower(plan):
+            for pass_ in (*([KvCache()] if cache else []), *target.lower(plan)):
                 pass_(model)
             folder = Path(scratch) / scheme
             folder.mkdir()
@@ -228,32 +268,24 @@ def compare(name: str, layers: int, repeats: int, target: OrtCuda) -> list[dict[
             sizes.append((folder / "model.onnx.data").stat().st_size - embedding)
             paths.append(path)
         sessions = [open_session(path, target.runtime()) for path in paths]
-        for batch, length, padded, captured in FEEDS:
-            if captured:
+        for feed in CACHED if cache else FEEDS:
+            if feed.captured:
                 if not target.runs_here:
                     continue
                 runtime = dataclasses.replace(target.runtime(), options={"enable_cuda_graph": "1"})
                 sessions = [open_session(path, runtime) for path in paths]
-            rng = np.random.default_rng(1)
-            mask = np.ones((batch, length), np.int64)
-            if padded:
-                mask[:, : length // 4] = 0
-            feed = {
-                "ids": rng.integers(0, shape.vocabulary, (batch, length)),
-                "mask": mask,
-                "positions": np.maximum(np.cumsum(mask, 1) - 1, 0),
-            }
-            sides = [Bound(session, feed) for session in sessions]
+            arrays = feed.arrays(shape.vocabulary)
+            real = arrays["attention_mask"][:, feed.past :].astype(bool)
+            sides = [Bound(session, arrays) for session in sessions]
             times: list[list[float]] = [[], []]
             for _ in range(repeats):
                 for side, kept in zip(sides, times, strict=True):
                     kept.append(side.time() * 1e3)
-            half, int8 = (side.output()[mask.astype(bool)] for side in sides)
+            half, int8 = (side.output()[real] for side in sides)
             medians = [statistics.median(kept) for kept in times]
             rows.append(
                 {
-                    "model": name, "layers": layers, "batch": batch, "sequence": length,
-                    "padded": padded, "captured": captured,
+                    "model": name, "layers": layers, "feed": str(feed), **dataclasses.asdict(feed),
                     "fp16_ms": medians[0], "w8a8_ms": medians[1],
                     "ratio": medians[0] / medians[1], "weights": sizes[1] / sizes[0],
                     "sqnr_db": float(10 * np.log10((half**2).sum() / ((half - int8) ** 2).sum())),
@@ -266,11 +298,9 @@ def compare(name: str, layers: int, repeats: int, target: OrtCuda) -> list[dict[
 
 def line_of(row: dict[str, Any]) -> str:
     """For people."""
-    feed = f"{row['batch']}x{row['sequence']}{' padded' if row['padded'] else ''}"
-    feed += " captured" if row["captured"] else ""
     times = f"fp16 {row['fp16_ms']:8.3f} ms  w8a8 {row['w8a8_ms']:8.3f} ms  {row['ratio']:.2f}x"
     sizes = f"weights {row['weights']:.2f}x  SQNR {row['sqnr_db']:.1f} dB"
-    return f"{row['model']:11} {row['layers']} layers  {feed:15} {times}  {sizes}"
+    return f"{row['model']:11} {row['layers']} layers  {row['feed']:15} {times}  {sizes}"
 
 
 def main() -> None:
@@ -282,13 +312,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--target", default="", help="a variant, where there is no GPU")
+    parser.add_argument("--cache", action="store_true", help="keep keys and values")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     target = OrtCuda(arguments.target)
     rows = [
         row
         for name in arguments.models
-        for row in compare(name, arguments.layers, arguments.repeats, target)
+        for row in compare(name, arguments.layers, arguments.repeats, target, cache=arguments.cache)
     ]
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -16,13 +16,16 @@ PRESENT: Final = "present.{}.{}"
 KINDS: Final = ("key", "value")
 
 _TYPES: Final = {
-    "tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8
-}  # fmt: skip
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
 
 
-def past_of(name: str) -> str:
-    """The input that takes what the output `name`, one of `PRESENT`, gave in the step before."""
-    return name.replace("present", "past_key_values", 1)
+def present_of(name: str) -> str:
+    """The output that gives what the input `name`, one of `PAST`, takes in the next step."""
+    return name.replace("past_key_values", "present", 1)
 
 
 def is_past(name: str) -> bool:
@@ -54,8 +57,26 @@ def fed(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[str, Any
 
 
 def empty(past: ort.NodeArg, batch: int, tokens: int) -> npt.NDArray[Any]:
-    """Zeros for the input `past` [batch, heads, tokens, ...]: float32, int8 or packed uint8."""
+    """Zeros for the input `past` [batch, heads, tokens, ...]: in its type."""
     return np.zeros((batch, past.shape[1], tokens, past.shape[3]), _TYPES[past.type])
+
+
+def bind_shared(
+    session: ort.InferenceSession, binding: ort.IOBinding, batch: int, tokens: int, device: str
+) -> None:
+    """Bind what is past and what is present to the same memory, so that nothing is copied.
+
+    Args:
+        session: with a cache, or without one, where nothing is bound.
+        binding: of `session`.
+        batch: sequences.
+        tokens: room for as many in each, all of them zeros at first.
+        device: where, as ONNX Runtime names it.
+    """
+    for i in filter(lambda i: is_past(i.name), session.get_inputs()):
+        buffer = ort.OrtValue.ortvalue_from_numpy(empty(i, batch, tokens), device)
+        binding.bind_ortvalue_input(i.name, buffer)
+        binding.bind_ortvalue_output(present_of(i.name), buffer)
 
 
 def after(session: ort.InferenceSession, feed: Mapping[str, Any], past: int) -> dict[str, Any]:
@@ -74,8 +95,8 @@ def after(session: ort.InferenceSession, feed: Mapping[str, Any], past: int) -> 
         if is_past(name):
             shape = (value.shape[0], value.shape[1], past, value.shape[3])
             made[name] = (
-                rng.standard_normal(shape, np.float32)
-                if value.dtype == np.float32
+                rng.standard_normal(shape, np.float32).astype(value.dtype)
+                if np.issubdtype(value.dtype, np.floating)
                 else rng.integers(0, 128, shape, value.dtype)
             )
     mask = made["attention_mask"]

@@ -46,8 +46,11 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             f"target {target.name} has no scheme {scheme.base}",
             hint="one of " + ", ".join(target.schemes),
         )
-    if config.cache and not target.caches:
-        raise ConfigError(f"target {target.name} has no attention with a cache")
+    if config.cache and (scheme.floats or target.floats) not in target.caches:
+        raise ConfigError(
+            f"scheme {scheme.name}: target {target.name} has attention with a cache in "
+            f"{' and '.join(target.caches) or 'no type'}"
+        )
     if scheme.cache_bits is not None:
         if config.cache is False:
             raise ConfigError(
@@ -79,6 +82,16 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             "min_speedup is a limit on the whole model, and the stored times are of Linears alone",
             hint="--costs with a file of times that were taken on such a machine",
         )
+
+
+def incomparable(target: Target, scheme: Scheme, config: CompileConfig) -> str | None:
+    """Why there is nothing to compare the compiled model's speed with, or None."""
+    if scheme.quantizes or not config.cache or "float32" in target.caches:
+        return None
+    return (
+        f"speed was not measured: target {target.name} has attention with a cache in "
+        f"{' and '.join(target.caches)} only, so that float32 does not run there"
+    )
 
 
 def check_limits(config: CompileConfig, model: TracedModel) -> None:

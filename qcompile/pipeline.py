@@ -24,7 +24,13 @@ from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
 from qcompile.last import keep_last
-from qcompile.limits import broken_limits, check_limits, check_plan_paths, check_target
+from qcompile.limits import (
+    broken_limits,
+    check_limits,
+    check_plan_paths,
+    check_target,
+    incomparable,
+)
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
 from qcompile.options import find_options, needs_ranges, require_any
@@ -199,7 +205,7 @@ def _compile(
             target,
             model.kind,
             data.held_back,
-            timed,
+            None if incomparable(target, scheme, config) else timed,
             baseline_path=baseline_path,
             past=prompt_length(model) if config.cache else None,
             progress=step,

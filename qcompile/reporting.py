@@ -12,6 +12,7 @@ from qcompile.choosing import Decision
 from qcompile.config import CompileConfig
 from qcompile.explaining import candidate_rows, planning_row
 from qcompile.leftovers import find_leftovers
+from qcompile.limits import incomparable
 from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.progress import Phases
 from qcompile.report import (
@@ -51,6 +52,9 @@ def make_report(
     warnings = list(data.warnings) if scheme.calibrates else []
     if target.caveat:
         warnings.append(target.caveat)
+    nothing = incomparable(target, scheme, config)
+    if nothing is not None and target.runs_here:
+        warnings.append(nothing)
     unplanned = scheme.quantizes and config.objective != "scheme" and config.costs is None
     if unplanned and target.unmeasured and decision is None:
         warnings.append(target.unmeasured)

@@ -53,8 +53,8 @@ class Target(abc.ABC):
     """The type that quantised models keep for the rest."""
     modes: tuple[Activations, ...] = MODES
     """How activations may be quantised where the user leaves it open, the default first."""
-    caches: bool = False
-    """Whether it runs attention that keeps keys and values."""
+    caches: tuple[Floats, ...] = ()
+    """The types in which it runs attention that keeps keys and values."""
     symmetric: bool = False
     """Whether static codes have to be symmetric around zero: kernels without a zero point."""
     blockwise: bool = True

@@ -21,6 +21,7 @@ from qcompile.passes.int8_rows import Int8Rows
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.multi_head import MultiHead
 from qcompile.passes.outer_product import OuterProduct
+from qcompile.passes.pack_cache import PackCache
 from qcompile.passes.pack_tokens import PackTokens
 from qcompile.passes.skip_norm import SkipNorm
 from qcompile.passes.to_float16 import ToFloat16
@@ -57,6 +58,7 @@ class OrtCuda(Target):
     variants = ("sm80", "sm89", "sm90")
     schemes = ("fp32", "fp16", "w8a8", "w8a16", "w4a16")
     floats = "float16"
+    caches = ("float16",)
     modes = ("token",)
     symmetric = True
     blockwise = False
@@ -171,6 +173,7 @@ class OrtCuda(Target):
             OuterProduct(),
             Unflatten(),
             PackTokens(),
+            PackCache(),
             MultiHead(),
             Int8Linear(),
             Int8Rows(),
