@@ -12,6 +12,7 @@ from qcompile.passes.integer_matmul import KERNEL as INTEGER
 from qcompile.passes.matching import made_by
 from qcompile.passes.symbolic_shapes import dims_of
 from qcompile.passes.weight_only import KERNEL as NBITS
+from qcompile.targets.cuda.schema import DOMAIN
 
 from qcompile.linears import is_constant
 
@@ -42,9 +43,9 @@ class LastLogits(ir.passes.InPlacePass):
         if not after:
             return ir.passes.PassResult(model, modified=False)
         _slice(model.graph, after[-1])
-        for node in after:
-            known = dims_of(node.outputs[0])
-            node.outputs[0].shape = ir.Shape([known[0], 1, *known[2:]]) if known else None
+        for made in (value for node in after for value in node.outputs):
+            known = dims_of(made)
+            made.shape = ir.Shape([known[0], 1, *known[2:]]) if known else None
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -54,12 +55,25 @@ def _after(logits: ir.Value) -> list[ir.Node]:
     value = logits
     while True:
         node, source = value.producer(), None
-        if node is not None and not (found and (len(value.uses()) > 1 or value.is_graph_output())):
+        if node is not None and (not found or _is_read_by(found[-1], node)):
             source = _source(node)
         if node is None or source is None:
-            return found
+            # Codes and their scales would have to be cut apart.
+            return found[:-1] if found and len(_computed(found[-1])) > 1 else found
         found.append(node)
         value = source
+
+
+def _is_read_by(reader: ir.Node, node: ir.Node) -> bool:
+    """Whether `reader` alone reads what `node` makes."""
+    return all(
+        not value.is_graph_output() and all(use.node is reader for use in value.uses())
+        for value in node.outputs
+    )
+
+
+def _computed(node: ir.Node) -> list[ir.Value]:
+    return [v for v in node.inputs if v is not None and not _fixed(v)]
 
 
 def _source(node: ir.Node) -> ir.Value | None:
@@ -68,12 +82,14 @@ def _source(node: ir.Node) -> ir.Value | None:
         return None
     if "Normalization" in node.op_type and node.attributes.get_int("axis", -1) not in (-1, 2):
         return None
-    given = [v for v in node.inputs if v is not None]
-    computed = [v for v in given if not _fixed(v)]
-    if len(computed) != 1 or computed[0] is not node.inputs[_at(node)]:
+    given, computed = [v for v in node.inputs if v is not None], _computed(node)
+    makers = {v.producer() for v in computed}
+    # A product in INT8 reads the codes and the scales that one op makes.
+    pair = len(computed) == 2 and len(makers) == 1 and node.domain == DOMAIN
+    if (len(computed) != 1 and not pair) or computed[0] is not node.inputs[_at(node)]:
         return None
     # With this the output has as many axes as what is computed, so that axis 1 is the tokens.
-    flat = node.domain == CONTRIB or all(
+    flat = node.domain in (CONTRIB, DOMAIN) or all(
         v is computed[0] or len(dims_of(v) or ()) < 3 for v in given
     )
     return computed[0] if flat else None

@@ -9,14 +9,17 @@ import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.matching import made_by
-from qcompile.passes.pack_tokens import filled, sort_tokens
+from qcompile.passes.pack_tokens import negative, sort_tokens
 from qcompile.passes.symbolic_shapes import dims_of
 
 from qcompile.errors import ModelError
 
 _LAST: Final = 5
 _BIAS: Final = 10
-_BOOL, _INT32 = ir.DataType.BOOL, ir.DataType.INT32
+_BOOL, _INT32, _INT64 = ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64
+
+HOSTED: Final = "cache/total_sequence_length"
+"""Name of the node that runs on the CPU."""
 
 
 class PackCache(ir.passes.InPlacePass):
@@ -32,8 +35,11 @@ class PackCache(ir.passes.InPlacePass):
       what comes next is written over it.
 
     A window then counts tokens, whatever padding was between them; and which of the tokens in the
-    cache were padding has to be said alike each time. ``total_sequence_length`` is summed on the
-    GPU, and ONNX Runtime copies it to the CPU, where the op wants it, once for all layers.
+    cache were padding has to be said alike each time.
+
+    The op reads ``total_sequence_length`` on the CPU, as int32, and shapes are int64: the Cast, of
+    one number for all layers, is the one node of the graph that runs there (`HOSTED`). Summed on
+    the GPU instead, ONNX Runtime 1.31.1 reads it before its own copy of it has arrived.
 
     Raises:
         ModelError: an output that is not made for each token.
@@ -50,10 +56,15 @@ class PackCache(ir.passes.InPlacePass):
             if value not in present and (dims_of(value) or [])[:2] != rows:
                 raise ModelError(f"padding cannot be sorted: {value.name} is not of each token")
         tokens = next(v for v in graph.inputs if v is not padding and dims_of(v) == rows)
-        tape = ir.tape.Tape()
+        host, tape = ir.tape.Tape(), ir.tape.Tape()
+        columns = host.op("Shape", [padding], {"start": 1, "end": 2})
+        length = host.op("Cast", [columns], {"to": int(_INT32)})
+        for node, value, dtype in zip(host.nodes, (columns, length), (_INT64, _INT32), strict=True):
+            node.name = HOSTED if value is length else f"{HOSTED}/Shape"
+            value.name, value.dtype = f"{node.name}/output", dtype
         real = tape.op("Cast", [padding], {"to": int(_BOOL)})
         known = tape.op("Cast", [real], {"to": int(_INT32)})
-        minus = filled(tape, tokens, -1)
+        minus = negative(tape, tokens)
         axis = constant(graph, "cache.axis", np.array(1))
         # Places from the end: the new tokens are the last of what the mask is of.
         newest = tape.op("CumSum", [minus, axis], {"reverse": 1})
@@ -67,14 +78,14 @@ class PackCache(ir.passes.InPlacePass):
         places = tape.op("Sub", [tokens_in_row, absent])
         one = constant(graph, "cache.one", np.array(1, np.int32))
         last = tape.op("Sub", [places, one])
-        total = tape.op("ReduceSum", [filled(tape, padding, 1, start=1)], {"keepdims": 0})
         for node in found:
             node.replace_input_with(_LAST, last)
-            node.replace_input_with(_LAST + 1, total)
+            node.replace_input_with(_LAST + 1, length)
             node.replace_input_with(_BIAS, None)
             if len(node.inputs) == _BIAS + 1:
                 node.resize_inputs(_LAST + 2)
         sort_tokens(graph, tape, rows, padding, keep, kept, minus)
+        graph.insert_before(graph[0], list(host.nodes))
         drop_unused(model)
         return ir.passes.PassResult(model, modified=True)
 

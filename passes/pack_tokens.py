@@ -147,17 +147,16 @@ def _reorder(graph: ir.Graph, padding: ir.Value, rows: Rows) -> None:
     tape = ir.tape.Tape()
     keep = tape.op("Cast", [padding], {"to": int(_BOOL)})
     kept = tape.op("Cast", [keep], {"to": int(_INT32)})
-    sort_tokens(graph, tape, rows, padding, keep, kept, filled(tape, padding, -1))
+    sort_tokens(graph, tape, rows, padding, keep, kept, negative(tape, padding))
 
 
-def filled(tape: ir.tape.Tape, value: ir.Value, number: int, start: int = 0) -> ir.Value:
-    """int32 in the shape of `value`, from axis `start` on, that is `number` everywhere.
+def negative(tape: ir.tape.Tape, value: ir.Value) -> ir.Value:
+    """int32 in the shape of `value`, -1 everywhere: sums of it are places, and how long an axis is.
 
-    What computes with a shape ONNX Runtime moves to the CPU; this it does not, and sums of it say
-    how long an axis is.
+    What computes with a shape ONNX Runtime moves to the CPU; this it does not.
     """
-    shape = tape.op("Shape", [value], {"start": start})
-    return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.array([number], np.int32))})
+    shape = tape.op("Shape", [value])
+    return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.array([-1], np.int32))})
 
 
 def sort_tokens(

@@ -103,7 +103,14 @@ def complete(
         if not (folder / asset.name).exists():
             shutil.copyfile(asset, folder / asset.name)
     if config.cache:
-        settings = genai_config(ir.load(folder / GRAPH).graph, folder, model.max_length)
+        library = target.carried(folder)
+        settings = genai_config(
+            ir.load(folder / GRAPH).graph,
+            folder,
+            model.max_length,
+            provider=target.genai,
+            library=library["file"] if library is not None else None,
+        )
         (folder / GENAI).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     if config.last_logits and "attention_mask" in feed:
         # The last token of the sample must not be padding.

@@ -55,6 +55,8 @@ class Target(abc.ABC):
     """How activations may be quantised where the user leaves it open, the default first."""
     caches: tuple[Floats, ...] = ()
     """The types in which it runs attention that keeps keys and values."""
+    genai: str | None = None
+    """Its execution provider as onnxruntime-genai names it; None: the CPU."""
     symmetric: bool = False
     """Whether static codes have to be symmetric around zero: kernels without a zero point."""
     blockwise: bool = True

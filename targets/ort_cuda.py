@@ -16,12 +16,13 @@ from onnx_ir.passes.common import (
     InlinePass,
     RemoveUnusedOpsetsPass,
 )
+from qcompile.passes.constant_shapes import ConstantShapes
 from qcompile.passes.int8_linear import Int8Linear
 from qcompile.passes.int8_rows import Int8Rows
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.multi_head import MultiHead
 from qcompile.passes.outer_product import OuterProduct
-from qcompile.passes.pack_cache import PackCache
+from qcompile.passes.pack_cache import HOSTED, PackCache
 from qcompile.passes.pack_tokens import PackTokens
 from qcompile.passes.skip_norm import SkipNorm
 from qcompile.passes.to_float16 import ToFloat16
@@ -59,6 +60,7 @@ class OrtCuda(Target):
     schemes = ("fp32", "fp16", "w8a8", "w8a16", "w4a16")
     floats = "float16"
     caches = ("float16",)
+    genai = "cuda"
     modes = ("token",)
     symmetric = True
     blockwise = False
@@ -132,6 +134,12 @@ class OrtCuda(Target):
             "operators' bodies in standard ops on the CPU; run `qcompile check` there"
         )
 
+    def cache_obstacle(self, bits: int) -> str | None:
+        return (
+            "the CUDA provider's attention on a cache in codes gives wrong results, and no error, "
+            "where past and present are not in the same memory"
+        )
+
     def refusal(self, in_features: int, out_features: int) -> str | None:
         return refusal(out_features, in_features)
 
@@ -145,7 +153,7 @@ class OrtCuda(Target):
         own = library.installed()
         if folder is not None and record is not None and _needs_library(record):
             own = library.choose(folder, record, trust_library=trust_library)
-        return Runtime(("CUDAExecutionProvider",), own, {"session.disable_cpu_ep_fallback": "1"})
+        return Runtime(("CUDAExecutionProvider",), own, hosted=frozenset({HOSTED}))
 
     def carried(self, folder: Path) -> dict[str, Any] | None:
         path = folder / library.LIBRARY
@@ -171,6 +179,7 @@ class OrtCuda(Target):
     def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
         return (
             OuterProduct(),
+            ConstantShapes(),
             Unflatten(),
             PackTokens(),
             PackCache(),
