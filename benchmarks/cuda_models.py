@@ -74,7 +74,12 @@ FEEDS: Final = (
     Feed(16, 1),
     Feed(16, 1, captured=True),
 )
-CACHED: Final = (Feed(1, 2048), Feed(8, 512, padded=True), Feed(16, 1, past=1024))
+CACHED: Final = (
+    Feed(1, 2048),
+    Feed(8, 512, padded=True),
+    Feed(16, 1, past=1024),
+    Feed(16, 1, captured=True, past=1024),
+)
 
 SCALE: Final = 3e-4
 
