@@ -71,11 +71,11 @@ class PackCache(ir.passes.InPlacePass):
         kept = tape.op("GatherElements", [known, newest], {"axis": 1})
         keep = tape.op("Cast", [kept], {"to": int(_BOOL)})
         axes = constant(graph, "cache.axes", np.array([1]))
-        tokens_in_row, absent = (
-            tape.op("ReduceSum", [x, axes], {"keepdims": 0})
-            for x in (known, tape.op("Add", [kept, minus]))
+        missing = tape.op("Add", [kept, minus])
+        in_row, absent = (
+            tape.op("ReduceSum", [x, axes], {"keepdims": 0}) for x in (known, missing)
         )
-        places = tape.op("Sub", [tokens_in_row, absent])
+        places = tape.op("Sub", [in_row, absent])
         one = constant(graph, "cache.one", np.array(1, np.int32))
         last = tape.op("Sub", [places, one])
         for node in found:

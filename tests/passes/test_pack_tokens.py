@@ -53,23 +53,21 @@ def before(*, mask: str = BOTH, rest: str = REST, embed: str = EMBED, more: str 
     return typed(model)
 
 
-AFTER = f"""{HEADER}g (int64[B,S] ids, int64[B,S] positions, int64[B,S] mask, int32 one, int64 axis,
-    int32 zero, int64[1] axes, int64 batch, int64[2] flat, {WEIGHT_TYPES}) => (float[B,S,48] z) {{
+AFTER = f"""{HEADER}g (int64[B,S] ids, int64[B,S] positions, int64[B,S] mask, int64 axis,
+    int64[1] axes, int64 batch, int64[2] flat, {WEIGHT_TYPES}) => (float[B,S,48] z) {{
     keep = Cast <to = 9> (mask)
     kept = Cast <to = 6> (keep)
-    sum = CumSum (kept, axis)
-    front = Sub (sum, one)
-    absent = Sub (kept, one)
+    size = Shape (mask)
+    minus = ConstantOfShape <value = int32[1] {{-1}}> (size)
+    front = CumSum <exclusive = 1> (kept, axis)
+    absent = Add (kept, minus)
     back = CumSum <reverse = 1> (absent, axis)
     place = Where (keep, front, back)
     packed_ids = ScatterElements <axis = 1> (ids, place, ids)
     packed_positions = ScatterElements <axis = 1> (positions, place, positions)
-    same = Equal (mask, mask)
-    ones = Cast <to = 6> (same)
-    length = ReduceSum (ones, axes)
+    length = ReduceSum (minus, axes)
     first = CumSum <exclusive = 1> (length, batch)
-    within = Max (front, zero)
-    source = Add (first, within)
+    source = Sub (front, first)
     {EMBED.format(ids="packed_ids", positions="packed_positions")}
     {LAYER}
     o = Attention <{HEADS}, is_causal = 1> (h, h, h)
@@ -85,8 +83,6 @@ def test_rewrite() -> None:
     model = before()
     assert PackTokens()(model).modified
     numbers = {
-        "one": np.array(1, np.int32),
-        "zero": np.array(0, np.int32),
         "axis": np.array(1),
         "axes": np.array([1]),
         "batch": np.array(0),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from qcompile.passes.pack_cache import HOSTED
 from qcompile.targets import get_target
 from qcompile.targets.cuda import library
 from qcompile.targets.cuda.schema import DOMAIN
@@ -20,6 +21,8 @@ import qcompile
 from qcompile.artifact import GRAPH, RECORD
 from qcompile.check import check_artifact
 from qcompile.errors import ConfigError, ModelError, StandInWarning
+from qcompile.genai import CONFIG as GENAI
+from qcompile.generation import Decoder, generate
 from qcompile.session import open_session
 
 Compile = Callable[[str], qcompile.Artifact]
@@ -172,6 +175,49 @@ def test_left_padding_changes_nothing(compiled: Callable[..., qcompile.Artifact]
     np.testing.assert_allclose(found[:, 5:].astype(float), wanted.astype(float), atol=0.05)
 
 
+@pytest.mark.parametrize("scheme", ["fp16", "w8a8", "w4a16"])
+def test_generating(
+    compiled: Callable[..., qcompile.Artifact],
+    compile_cached: Callable[[str], qcompile.Artifact],
+    scheme: str,
+) -> None:
+    """By the bodies and ONNX Runtime's float16 attention on the CPU, as the float model does."""
+    artifact = compiled("ort-cuda:sm90", scheme, cache=True)
+    graph = graph_of(artifact).graph
+    kinds = [node.op_type for node in graph.all_nodes()]
+    assert kinds.count("GroupQueryAttention") == 4 and "If" not in kinds
+    # Of what is made of a shape, one number is converted on the CPU.
+    shapes = [node.outputs[0] for node in graph if node.op_type == "Shape"]
+    readers = [user for value in shapes for user in value.consumers()]
+    assert [r.name for r in readers if r.op_type != "ConstantOfShape"] == [HOSTED]
+    kept = [v for v in (*graph.inputs, *graph.outputs) if ".0." in str(v.name)]
+    assert len(kept) == 4 and {v.dtype for v in kept} == {ir.DataType.FLOAT16}
+    decoded, whole = artifact.report.decoded["kl"], artifact.report.accuracy["kl"]
+    assert decoded < 2 * whole + 1e-5
+    settings = json.loads((artifact.path / GENAI).read_text(encoding="utf-8"))
+    options = settings["model"]["decoder"]["session_options"]
+    assert options["provider_options"] == [{"cuda": {}}]
+    session = open_session(artifact.path / GRAPH)
+    prompts = [[1, 17, 42, 9], [5, 6], [8, 80, 100, 7, 33, 21]]
+    together = np.stack(list(generate(session, prompts, 16)), axis=1)
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = np.stack(list(generate(session, [prompt], 16)), axis=1)
+        assert alone[0].tolist() == row.tolist()
+    if scheme == "fp16":
+        wanted = list(generate(compile_cached("fp32").session(), prompts, 16))
+        assert together.tolist() == np.stack(wanted, axis=1).tolist()
+
+
+def test_the_last_logits_of_int8(compiled: Callable[..., qcompile.Artifact]) -> None:
+    whole, last = (
+        open_session(compiled("ort-cuda:sm90", "w8a8", cache=True, last_logits=only).path / GRAPH)
+        for only in (False, True)
+    )
+    ids = np.array([[1, 17, 42, 9], [5, 6, 3, 4]])
+    found, wanted = (Decoder(session, 2, 4).step(ids) for session in (last, whole))
+    np.testing.assert_array_equal(found, wanted[:, -1:])
+
+
 @pytest.mark.parametrize(
     ("target", "scheme", "options", "message"),
     [
@@ -236,7 +282,7 @@ def test_the_packages_own_library_comes_first(
     runtime = OrtCuda().runtime(tmp_path, carrying, trust_library=True)
     assert runtime.library == own
     assert runtime.providers == ("CUDAExecutionProvider",)
-    assert runtime.entries["session.disable_cpu_ep_fallback"] == "1"
+    assert runtime.hosted == {HOSTED}
 
 
 @pytest.mark.parametrize("key", ["operators", "version"])
