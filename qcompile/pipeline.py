@@ -14,6 +14,7 @@ from onnx_ir.passes.common import NameFixPass
 
 from qcompile import artifact, frontend
 from qcompile.cache_effect import cache_report
+from qcompile.cache_plan import CachePlan
 from qcompile.cache_planning import plan_cache
 from qcompile.calibration.data import CalibrationData, check_calibration_path, load_calibration
 from qcompile.calibration.generate import generate_calibration
@@ -41,6 +42,7 @@ from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_rms_norm import FuseRmsNorm
 from qcompile.passes.kv_cache import KvCache
+from qcompile.passes.outer_product import OuterProduct
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
@@ -134,7 +136,7 @@ def _compile(
         run(model.ir, [pass_() for pass_ in CANONICALIZE])
         model.ir = spill(model.ir, work, "canonical")
 
-    cached = (KvCache(),) if config.cache else ()
+    cached = with_cache() if config.cache else ()
     lowered = partial(_lowered_float, model, target)
     baseline_path = float_path = lowered(cached, "float32", work / "float.onnx")
     if scheme.quantizes and target.floats != "float32":
@@ -193,7 +195,7 @@ def _compile(
     run(graph, [Quantize(plan)])
 
     with phases.phase("lower"):
-        run(graph, [*([KvCache(cache)] if config.cache else []), *target.lower(plan)])
+        run(graph, [*(with_cache(cache) if config.cache else ()), *target.lower(plan)])
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:
@@ -231,6 +233,11 @@ def _compile(
         folder, model, target, report, plan, cache, config, data.held_back[0], traced_path
     )
     return report
+
+
+def with_cache(plan: CachePlan | None = None) -> tuple[ir.passes.PassBase, ...]:
+    """The passes that give a model a cache; rotary angles may be written like attention."""
+    return (OuterProduct(), KvCache(plan))
 
 
 def _lowered_float(

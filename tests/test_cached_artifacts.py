@@ -238,11 +238,11 @@ def test_a_cache_is_refused_where_it_means_nothing(
             tiny_onnx, scheme="fp32", output=tmp_path / "no",
             config=config.model_copy(update={"task": "feature-extraction"}),
         )  # fmt: skip
-    with pytest.raises(ConfigError, match="fp32: target ort-cuda has .* a cache in float16"):
+    with pytest.raises(ConfigError, match=r"fp32: target ort-cuda has .* a cache in float16"):
         qcompile.compile(
             tiny_onnx, target="ort-cuda:sm90", scheme="fp32", output=tmp_path / "no", config=config
         )
-    with pytest.raises(ConfigError, match="w8a8kv8: the CUDA provider's attention .* wrong"):
+    with pytest.raises(ConfigError, match=r"w8a8kv8: the CUDA provider's attention .* wrong"):
         qcompile.compile(
             tiny_onnx, target="ort-cuda:sm90", scheme="w8a8kv8", output=tmp_path / "no"
         )

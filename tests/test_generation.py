@@ -15,7 +15,6 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
-from qcompile.passes.kv_cache import KvCache
 from qcompile.targets import Target
 from qcompile.targets.ort_cpu import OrtCpu
 
@@ -24,7 +23,7 @@ from qcompile.config import CompileConfig
 from qcompile.errors import ModelError
 from qcompile.genai import genai_config
 from qcompile.generation import generate
-from qcompile.pipeline import CANONICALIZE, run
+from qcompile.pipeline import CANONICALIZE, run, with_cache
 from qcompile.precision import Floats, PrecisionPlan
 from qcompile.session import open_session
 
@@ -86,7 +85,7 @@ def compile_cached(
 ) -> None:
     model = frontend.load(str(source), CompileConfig(), folder)
     run(model.ir, [pass_() for pass_ in CANONICALIZE])
-    run(model.ir, [KvCache(), *(target or OrtCpu()).lower(PrecisionPlan(floats=floats))])
+    run(model.ir, [*with_cache(), *(target or OrtCpu()).lower(PrecisionPlan(floats=floats))])
     ir.save(model.ir, folder / "model.onnx")
     settings = genai_config(model.ir.graph, source, model.max_length)
     (folder / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")

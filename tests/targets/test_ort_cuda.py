@@ -282,7 +282,7 @@ def test_the_packages_own_library_comes_first(
     runtime = OrtCuda().runtime(tmp_path, carrying, trust_library=True)
     assert runtime.library == own
     assert runtime.providers == ("CUDAExecutionProvider",)
-    assert runtime.hosted == {HOSTED}
+    assert runtime.hosted == frozenset({HOSTED})
 
 
 @pytest.mark.parametrize("key", ["operators", "version"])
