@@ -20,10 +20,9 @@ class ConstantShapes(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in model.graph:
-            if not is_op(node, "Reshape") or node.attributes.get_int("allowzero", 0) == 1:
-                continue
-            shape = _known(node)
+            shape = _known(node) if is_op(node, "Reshape") else None
             if shape is not None and array_of(node.inputs[1]) is None:
+                node.attributes.pop("allowzero", None)
                 node.replace_input_with(1, shared_constant(model.graph, "shape", np.array(shape)))
                 modified = True
         if modified:

@@ -23,9 +23,10 @@ def model_of(body: str, *dims: str | int) -> ir.Model:
     return model
 
 
-def test_rewrite() -> None:
-    before = model_of(f"{SPLIT} y = Reshape (x, size)", "B", "S", 4, 8)
-    model = model_of(f"{SPLIT} y = Reshape (x, size)", "B", "S", 4, 8)
+@pytest.mark.parametrize("allowzero", ["", "<allowzero = 1>"])
+def test_rewrite(allowzero: str) -> None:
+    body = f"{SPLIT} y = Reshape {allowzero} (x, size)"
+    before, model = (model_of(body, "B", "S", 4, 8) for _ in range(2))
     assert ConstantShapes()(model).modified
     after = f"{HEADER}g (float[B,S,32] x, int64[4] shape) => (float[B,S,4,8] y)"
     wanted = from_text(f"{after} {{ y = Reshape (x, shape) }}", shape=np.array([0, 0, 4, 8]))
