@@ -113,6 +113,10 @@ def open_session(
 
 def _on_cpu(session: ort.InferenceSession, allowed: frozenset[str]) -> list[str]:
     """Nodes that ONNX Runtime gave to the CPU provider, but for those `allowed`, by name."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise ModelError(
+            f"ONNX Runtime {ort.__version__} does not say where nodes run", hint="use a later one"
+        )
     return [
         f"{node.name} ({node.op_type})"
         for part in session.get_provider_graph_assignment_info()
