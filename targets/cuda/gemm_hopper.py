@@ -1,4 +1,4 @@
-"""The INT8 GEMM of sm_90: bulk tensor copies, wgmma, and one warp that does nothing but load.
+"""The GEMM of codes on sm_90: bulk tensor copies, wgmma, and one warp that does nothing but load.
 
 Written in Gluon, Triton's lower level, because the roles of the warps matter here. A block of
 threads is one loader warp and CONSUMERS warpgroups of 64 or 128 output rows each. They share STAGES
@@ -101,14 +101,18 @@ def _multiply(
     CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
+    PROMOTE: gl.constexpr,
 ):
     """A consumer: its rows of every tile, accumulated exactly, scaled and written."""
     ROWS: gl.constexpr = a_bufs.shape[1]
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     BLOCK_N: gl.constexpr = b_bufs.shape[1]
     BLOCK_K: gl.constexpr = b_bufs.shape[2]
+    INT8: gl.constexpr = a_bufs.dtype == gl.int8
     # Triton has no wider instruction for int8.
-    WIDTH: gl.constexpr = BLOCK_N if BLOCK_N < 128 else 128
+    WIDEST: gl.constexpr = 128 if INT8 else 256
+    WIDTH: gl.constexpr = BLOCK_N if BLOCK_N < WIDEST else WIDEST
+    SUM: gl.constexpr = gl.int32 if INT8 else gl.float32
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     out_buf = out_bufs.index(CONSUMER)
     tiles_m = (m + BLOCK_M - 1) // BLOCK_M
@@ -117,22 +121,27 @@ def _multiply(
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         row, column = _origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, group)
         row += CONSUMER * ROWS
-        acc = gl.zeros((ROWS, BLOCK_N), gl.int32, LAYOUT)
+        acc = gl.zeros((ROWS, BLOCK_N), SUM, LAYOUT)
         for i in range((k + BLOCK_K - 1) // BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-            acc = warpgroup_mma(
-                a_bufs.index(stage * CONSUMERS + CONSUMER),
-                b_bufs.index(stage).permute((1, 0)),
-                acc,
-                is_async=True,
-            )
-            acc = warpgroup_mma_wait(1, deps=[acc])
-            # The product before this one is done: its buffers may be filled again.
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=i > 0)
+            a = a_bufs.index(stage * CONSUMERS + CONSUMER)
+            b = b_bufs.index(stage).permute((1, 0))
+            if PROMOTE:
+                part = gl.zeros((ROWS, BLOCK_N), gl.float32, LAYOUT)
+                part = warpgroup_mma(a, b, part, use_acc=False, is_async=True)
+                part = warpgroup_mma_wait(0, deps=[part])
+                mbarrier.arrive(empty.index(stage))
+                acc += part
+            else:
+                acc = warpgroup_mma(a, b, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                # The product before this one is done: its buffers may be filled again.
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=i > 0)
             step += 1
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+        if not PROMOTE:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
 
         rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
         columns = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
@@ -170,6 +179,7 @@ def gemm_hopper(
     group,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
+    PROMOTE: gl.constexpr,
 ):
     """out[m, n] = float(a[m, k] · b[n, k]ᵀ) · a_scale[m] · b_scale[n] + bias[n].
 
@@ -179,8 +189,8 @@ def gemm_hopper(
     ROWS: gl.constexpr = a_desc.block_shape[0]
     BLOCK_N: gl.constexpr = b_desc.block_shape[0]
     BLOCK_K: gl.constexpr = b_desc.block_shape[1]
-    a_bufs = gl.allocate_shared_memory(gl.int8, [STAGES * CONSUMERS, ROWS, BLOCK_K], a_desc.layout)
-    b_bufs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, BLOCK_K], b_desc.layout)
+    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], a_desc.layout)
+    b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], b_desc.layout)
     out_bufs = gl.allocate_shared_memory(gl.int16, [CONSUMERS, ROWS, BLOCK_N], out_desc.layout)
     ready = mbarrier.allocate_mbarrier(batch=STAGES)
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
@@ -213,6 +223,7 @@ def gemm_hopper(
                         0,
                         CONSUMERS,
                         STAGES,
+                        PROMOTE,
                     ),
                 ),
                 (
@@ -261,6 +272,7 @@ def gemm_hopper(
                         0,
                         CONSUMERS,
                         STAGES,
+                        PROMOTE,
                     ),
                 ),
                 (
@@ -285,6 +297,7 @@ def gemm_hopper(
                         1,
                         CONSUMERS,
                         STAGES,
+                        PROMOTE,
                     ),
                 ),
                 (

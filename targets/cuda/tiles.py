@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
+from qcompile.targets.cuda.schema import Codes
+
 ANY_ROWS: Final = 2**31 - 1
 
 
@@ -24,6 +26,7 @@ class Tile:
         stages: buffers between loading and multiplying.
         warps: of 32 threads; in ``gemm_hopper``, of one consumer: always 4.
         consumers: warpgroups beside the loader in ``gemm_hopper``; 0 in ``gemm``.
+        promote: whether each stage's sum is added up in float32 (see ``gemm_hopper.py``).
     """
 
     rows: int
@@ -32,6 +35,7 @@ class Tile:
     stages: int
     warps: int = 4
     consumers: int = 0
+    promote: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,5 +86,18 @@ _OLDER: Final = (
 )
 """Not measured: these GPUs were not at hand. The order of the costs follows from the shapes."""
 
-CHOICES: Final = {80: _OLDER, 89: _OLDER, 90: _HOPPER}
-"""Tiles by compute capability."""
+_HOPPER_FP8: Final = _HOPPER
+_X = (
+    *_HOPPER[:6],
+    *(
+        Choice(dataclasses.replace(choice.tile, promote=True), choice.cost, *rows)
+        for choice, *rows in ()
+    ),
+)
+
+CHOICES: Final[dict[int, dict[Codes, tuple[Choice, ...]]]] = {
+    80: {"int8": _OLDER},
+    89: {"int8": _OLDER, "float8e4m3fn": _OLDER},
+    90: {"int8": _HOPPER, "float8e4m3fn": _HOPPER_FP8},
+}
+"""Tiles by compute capability and codes."""
