@@ -123,7 +123,7 @@ class Kernel:
             return m <= 16
         if self.rows == 32:
             return 8 < m <= 32
-        return m >= 16 if self.rows == 64 else m >= 64
+        return self.rows == 64 or m >= 64
 
 
 def measure(folder: Path, out: Path, rows: list[int], weights: list[tuple[int, int]]) -> None:

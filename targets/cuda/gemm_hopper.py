@@ -189,7 +189,9 @@ def gemm_hopper(
     ROWS: gl.constexpr = a_desc.block_shape[0]
     BLOCK_N: gl.constexpr = b_desc.block_shape[0]
     BLOCK_K: gl.constexpr = b_desc.block_shape[1]
-    a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], a_desc.layout)
+    a_bufs = gl.allocate_shared_memory(
+        a_desc.dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], a_desc.layout
+    )
     b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], b_desc.layout)
     out_bufs = gl.allocate_shared_memory(gl.int16, [CONSUMERS, ROWS, BLOCK_N], out_desc.layout)
     ready = mbarrier.allocate_mbarrier(batch=STAGES)

@@ -151,9 +151,7 @@ def activation_rows(
     if has_up:
         value *= tl.load(up_ptr + row * up_stride + at, ok, 0.0).to(tl.float32)
     here = row * columns + at
-    _write_codes(
-        value, ok, here, row, codes_ptr, scale_ptr, static_ptr, is_static, is_fp8, FP8
-    )
+    _write_codes(value, ok, here, row, codes_ptr, scale_ptr, static_ptr, is_static, is_fp8, FP8)
 
 
 @triton.jit
@@ -200,6 +198,4 @@ def norm_rows(
     value *= tl.load(weight_ptr + at, ok, 0.0).to(tl.float32)
     if has_bias:
         value += tl.load(bias_ptr + at, ok, 0.0).to(tl.float32)
-    _write_codes(
-        value, ok, here, row, codes_ptr, scale_ptr, static_ptr, is_static, is_fp8, FP8
-    )
+    _write_codes(value, ok, here, row, codes_ptr, scale_ptr, static_ptr, is_static, is_fp8, FP8)

@@ -49,7 +49,9 @@ class Variant:
         if self.tile is None:
             return f"{self.family}_{self.dtype}_{self.block}_sm{self.architecture}"
         numbers = map(str, map(int, dataclasses.astuple(self.tile)))
-        return "_".join([self.family, SUFFIX[self.codes].lower(), *numbers, f"sm{self.architecture}"])
+        return "_".join(
+            [self.family, SUFFIX[self.codes].lower(), *numbers, f"sm{self.architecture}"]
+        )
 
     @property
     def warps(self) -> int:
