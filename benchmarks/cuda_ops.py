@@ -42,6 +42,8 @@ BYTES_OF_WEIGHTS: Final = 400e6
 CODES: Final = {"int8": ("Int8", "int8"), "fp8": ("Fp8", "float8e4m3fn")}
 """Suffix of the operators, and type of the codes."""
 PROVIDER: Final = "GemmFloat8"
+E4M3: Final = 17
+"""ONNX's number of it; ONNX Runtime takes its bytes."""
 
 
 def text_of(kind: str, m: int, k: int, n: int, layers: int, side: str) -> str:

@@ -52,6 +52,7 @@ def _load(
     group,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
+    PROMOTE: gl.constexpr,
 ):
     """The loader: fills stage after stage, tile after tile, as soon as all consumers left it."""
     ROWS: gl.constexpr = a_desc.block_shape[0]
@@ -64,7 +65,9 @@ def _load(
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         row, column = _origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, group)
-        for at in range(0, k, BLOCK_K):
+        # What lies past the last column is zero.
+        ROUND: gl.constexpr = BLOCK_K * (PROMOTE if PROMOTE > 0 else 1)
+        for at in range(0, (k + ROUND - 1) // ROUND * ROUND, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             bar = ready.index(stage)
@@ -78,6 +81,36 @@ def _load(
                 )
             tma.async_load(b_desc, [column, at], bar, b_bufs.index(stage))
             step += 1
+
+
+@gluon.jit
+def _product(
+    acc,
+    use_acc,
+    release,
+    a_bufs,
+    b_bufs,
+    ready,
+    empty,
+    step,
+    CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Start the product of a stage, and wait for the one before it."""
+    stage = step % STAGES
+    mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+    acc = warpgroup_mma(
+        a_bufs.index(stage * CONSUMERS + CONSUMER),
+        b_bufs.index(stage).permute((1, 0)),
+        acc,
+        use_acc=use_acc,
+        is_async=True,
+    )
+    acc = warpgroup_mma_wait(1, deps=[acc])
+    # The product before this one is done: its buffers may be filled again.
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=release)
+    return acc
 
 
 @gluon.jit
@@ -103,7 +136,11 @@ def _multiply(
     STAGES: gl.constexpr,
     PROMOTE: gl.constexpr,
 ):
-    """A consumer: its rows of every tile, accumulated exactly, scaled and written."""
+    """A consumer: its rows of every tile, summed, scaled and written.
+
+    Sums of int8 products are exact. Tensor cores add those of e4m3 up in 14 bits or so, cutting off
+    what is below: after PROMOTE stages, the sum is added to one in float32.
+    """
     ROWS: gl.constexpr = a_bufs.shape[1]
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     BLOCK_N: gl.constexpr = b_bufs.shape[1]
@@ -122,26 +159,46 @@ def _multiply(
         row, column = _origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, group)
         row += CONSUMER * ROWS
         acc = gl.zeros((ROWS, BLOCK_N), SUM, LAYOUT)
-        for i in range((k + BLOCK_K - 1) // BLOCK_K):
-            stage = step % STAGES
-            mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-            a = a_bufs.index(stage * CONSUMERS + CONSUMER)
-            b = b_bufs.index(stage).permute((1, 0))
-            if PROMOTE:
-                part = gl.zeros((ROWS, BLOCK_N), gl.float32, LAYOUT)
-                part = warpgroup_mma(a, b, part, use_acc=False, is_async=True)
-                part = warpgroup_mma_wait(0, deps=[part])
-                mbarrier.arrive(empty.index(stage))
-                acc += part
-            else:
-                acc = warpgroup_mma(a, b, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                # The product before this one is done: its buffers may be filled again.
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=i > 0)
-            step += 1
-        if not PROMOTE:
+        if PROMOTE == 0:
+            steps = (k + BLOCK_K - 1) // BLOCK_K
+            for i in range(steps):
+                acc = _product(
+                    acc,
+                    True,
+                    i > 0,
+                    a_bufs,
+                    b_bufs,
+                    ready,
+                    empty,
+                    step,
+                    CONSUMER,
+                    CONSUMERS,
+                    STAGES,
+                )
+                step += 1
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+        else:
+            part = gl.zeros((ROWS, BLOCK_N), SUM, LAYOUT)
+            for _ in range((k + BLOCK_K * PROMOTE - 1) // (BLOCK_K * PROMOTE)):
+                for i in gl.static_range(PROMOTE):
+                    part = _product(
+                        part,
+                        i > 0,
+                        i > 0,
+                        a_bufs,
+                        b_bufs,
+                        ready,
+                        empty,
+                        step,
+                        CONSUMER,
+                        CONSUMERS,
+                        STAGES,
+                    )
+                    step += 1
+                part = warpgroup_mma_wait(0, deps=[part])
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+                acc += part
 
         rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
         columns = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
@@ -243,6 +300,7 @@ def gemm_hopper(
                         group,
                         CONSUMERS,
                         STAGES,
+                        PROMOTE,
                     ),
                 ),
             ],
@@ -317,6 +375,7 @@ def gemm_hopper(
                         group,
                         CONSUMERS,
                         STAGES,
+                        PROMOTE,
                     ),
                 ),
             ],

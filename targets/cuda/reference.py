@@ -4,9 +4,10 @@
 body in opset 23. Where the library is registered, ONNX Runtime's CUDA provider takes the nodes;
 where it is not, the bodies are inlined: one file for both, which is how it is checked on the CPU.
 
-Integer products are exact there as in the library, and those of e4m3 codes agree but for the order
-of float32 sums; codes and scales of the operators that quantise alone agree bit for bit; norms and activations agree but for the order of float32 sums and the last
-bits of exp and erf, which moves a code by one where a value lies between two.
+Integer products are exact there as in the library, and those of e4m3 codes differ by the order of
+float32 sums and by what tensor cores cut off; codes and scales of the operators that quantise alone
+agree bit for bit; norms and activations agree but for the order of float32 sums and the last bits
+of exp and erf, which moves a code by one where a value lies between two.
 """
 
 from __future__ import annotations

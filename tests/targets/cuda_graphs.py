@@ -145,9 +145,10 @@ def static_codes(x: np.ndarray, scale: np.ndarray, codes: Codes = "int8") -> np.
 
 
 def _rounded(value: np.ndarray, codes: Codes) -> np.ndarray:
+    rounded: np.ndarray = np.clip(value, -448, 448).astype(np.float32).astype(E4M3)
     if codes == "int8":
-        return np.clip(np.rint(value), -128, 127).astype(np.int8)
-    return np.clip(value, -448, 448).astype(np.float32).astype(E4M3)
+        rounded = np.clip(np.rint(value), -128, 127).astype(np.int8)
+    return rounded
 
 
 def places(codes: np.ndarray) -> np.ndarray:

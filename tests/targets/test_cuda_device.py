@@ -24,9 +24,11 @@ pytestmark = needs_gpu
 
 ROWS = (1, 3, 17, 127, 2049)
 # Multiples of 16 and 32 that are no multiples of a tile, and one that is.
-E4M3_SUM = 2.0**-11
-"""Error of a sum of e4m3 products, of the sum of their magnitudes."""
 WEIGHTS = ((16, 32), (80, 160), (272, 416), (1040, 4128), (4096, 4096))
+
+E4M3_SUM = 2.0**-10
+"""Error of a sum of e4m3 products, as a part of the sum of their magnitudes. Tensor cores of sm_90
+cut what they add off below 2⁻¹³ of the largest of 33 numbers; measured, it is 5.4e-4 at worst."""
 
 
 # GEMM
@@ -235,7 +237,7 @@ def test_static_codes_are_exact(columns: int, codes: Codes) -> None:
 def test_e4m3_of_every_float16() -> None:
     """As the reference rounds them: halves to even, subnormals, saturation, NaN."""
     x = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(-1, 4096)
-    arrays = {"x": x, "scale": np.ones(1, np.float32)}
+    arrays: Arrays = {"x": x, "scale": np.ones(1, np.float32)}
     model = node_model("QuantizeFp8", arrays, outputs=["codes"])
     made = on_gpu(open_session(model), arrays, {"codes": x.shape})["codes"]
     expected = run(with_reference(model), arrays)["codes"]
@@ -269,7 +271,8 @@ def assert_close(made: Arrays, expected: Arrays) -> None:
     assert difference.max() <= 1
     assert (difference != 0).mean() < 2e-3
     if "scale" in made:
-        np.testing.assert_allclose(made["scale"], expected["scale"], rtol=2e-6)
+        # Of 32768 squares, added up in another order.
+        np.testing.assert_allclose(made["scale"], expected["scale"], rtol=4e-6)
     if "sum" in made:
         np.testing.assert_array_equal(made["sum"], expected["sum"])
 

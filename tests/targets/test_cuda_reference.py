@@ -61,8 +61,9 @@ def test_quantize_per_token(codes: Codes) -> None:
     assert (largest[scale[..., 0] > 0] == LARGEST[codes]).all()
 
 
-@pytest.mark.parametrize(("codes", "step", "ends"), [("int8", 0.02, (-128, 127)),
-                                                     ("float8e4m3fn", 0.005, (-448, 448))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("codes", "step", "ends"), [("int8", 0.02, (-128, 127)), ("float8e4m3fn", 0.005, (-448, 448))]
+)
 def test_quantize_static_saturates(codes: Codes, step: float, ends: tuple[int, int]) -> None:
     x = normal(7, 64) * np.float16(4)
     scale = np.array([step], np.float32)
