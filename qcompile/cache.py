@@ -46,10 +46,10 @@ def fed(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[str, Any
     An input that is neither is left out, for the caller to find.
     """
     made = {i.name: feed[i.name] for i in session.get_inputs() if i.name in feed}
-    batch = next((np.shape(value)[0] for value in made.values() if np.ndim(value)), 1)
-    for i in session.get_inputs():
-        if is_past(i.name) and i.name not in feed:
-            made[i.name] = empty(i, batch, 0)
+    missing = [i for i in session.get_inputs() if is_past(i.name) and i.name not in feed]
+    if missing:  # what else is fed may lie on a device, where no array says its shape
+        batch = next((np.shape(value)[0] for value in made.values() if np.ndim(value)), 1)
+        made |= {i.name: empty(i, batch, 0) for i in missing}
     return made
 
 

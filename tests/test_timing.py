@@ -13,19 +13,30 @@ import onnxruntime as ort
 import pytest
 
 from qcompile import timing
+from qcompile.cache import fed
 from qcompile.timing import bound, placed, steady_medians
 from tests.support import from_text
 
 
-def test_bound_inputs_give_the_same_outputs() -> None:
-    """On a device nothing is copied; the CPU's own memory will do to see that it runs."""
+def difference() -> ort.InferenceSession:
+    """z = x - y."""
     model = from_text(
         '<ir_version: 10, opset_import: ["" : 23]> g (float[N] x, float[N] y) => (float[N] z) '
         "{ z = Sub(x, y) }"
     )
-    session = ort.InferenceSession(
+    return ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
     )
+
+
+def test_what_lies_on_a_device_is_fed_as_it_is() -> None:
+    value = placed(np.ones(3, np.float32), "cpu")
+    assert fed(difference(), {"x": value, "unknown": value}) == {"x": value}
+
+
+def test_bound_inputs_give_the_same_outputs() -> None:
+    """On a device nothing is copied; the CPU's own memory will do to see that it runs."""
+    session = difference()
     x = np.arange(3, dtype=np.float32)
     feed = {"x": x, "y": placed(np.ones(3, np.float32), "cpu")}
     seen: list[np.ndarray] = []
