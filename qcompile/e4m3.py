@@ -56,5 +56,7 @@ def squared_error(values: Array, scale: float) -> Array:
     magnitudes = np.abs(values) / max(scale, 1e-30)
     exponents = np.frexp(np.maximum(magnitudes, 2.0**_SMALLEST_NORMAL))[1] - 1
     steps = np.exp2(exponents - float(_MANTISSA)) * scale
-    result: Array = np.minimum(np.square(steps) / 12.0, np.square(values))
+    # What is nearest to zero is lost.
+    noise = np.square(steps) / 12.0
+    result: Array = np.where(np.abs(values) < steps / 2.0, np.square(values), noise)
     return result
