@@ -27,8 +27,8 @@ class Quantize(ir.passes.InPlacePass):
     ``DequantizeLinear(codes, scale, axis=0, block_size)`` where its scales are per block; an op of
     weight-only precision goes on reading x. Outlier channels that are split are gathered as often
     as they are copied, shifted, quantised by a coarser scale and appended. The result is a valid
-    ONNX model that any runtime computes; a target replaces it by kernels. (ONNX Runtime 1.31 computes
-    static e4m3 without graph optimisations only: they make an integer kernel of it.)
+    ONNX model that any runtime computes; a target replaces it by kernels. (ONNX Runtime 1.31 takes
+    static e4m3 with graph optimisations off only: they would make an integer kernel of it.)
     """
 
     def __init__(self, plan: PrecisionPlan) -> None:

@@ -19,6 +19,7 @@ from qcompile.targets.ort_cuda import OrtCuda
 import qcompile
 from qcompile.artifact import GRAPH, RECORD
 from qcompile.check import check_artifact
+from qcompile.config import Recipe
 from qcompile.errors import ConfigError, ModelError, StandInWarning
 from qcompile.session import open_session
 
@@ -133,7 +134,11 @@ def test_fp8_is_planned_from_the_stored_table(
 def test_a_recipe_mixes_codes(tiny_onnx: Path, tiny_opt: Path, tmp_path: Path) -> None:
     recipe = {"*.fc1": {"precision": "fp8"}, "*.fc2": {"precision": "fp8", "activations": "static"}}
     config = qcompile.CompileConfig(
-        samples=4, seq_len=32, objective="scheme", recipe=recipe, smooth="off"
+        samples=4,
+        seq_len=32,
+        objective="scheme",
+        recipe=Recipe.from_mapping(recipe),
+        smooth="off",
     )
     artifact = qcompile.compile(
         str(tiny_onnx),
