@@ -1,10 +1,10 @@
-"""Decoders of known shapes with random weights: INT8 against float16, on the GPU at hand.
+"""Decoders of known shapes with random weights: INT8 and FP8 against float16, on the GPU at hand.
 
     python -m benchmarks.cuda_models [--models opt-6.7b] [--layers 4] [--cache] [--json PATH]
 
 The graph is what a frontend gives, written by hand; the target lowers it twice, for the schemes
-fp16 and w8a8 (activations per token). Weights are random codes times a scale, so that both compute
-the same function but for the rounding of activations. Without the output head, which would weigh
+fp16 and w8a8 or fp8 (`--scheme`; activations per token). Weights are random codes times a scale, so
+that both compute the same function but for rounding. Without the output head, which would weigh
 more in a few layers than in the whole model. Inputs and outputs are bound to GPU memory; the two
 sessions run in turns in one process; medians. `padded` masks the first quarter of every sequence;
 `captured` replays a captured CUDA graph.
@@ -30,6 +30,7 @@ from qcompile.targets.ort_cuda import OrtCuda
 
 from benchmarks.bound import Timed
 from qcompile.cache import bind_shared
+from qcompile.e4m3 import E4M3
 from qcompile.linears import find_linears, find_sites
 from qcompile.precision import ActivationQuant, OpPlan, PrecisionPlan, QuantizedWeight, SitePlan
 from qcompile.session import open_session
@@ -214,19 +215,33 @@ def _lazy(name: str, dims: tuple[int, ...], codes: np.ndarray | None) -> ir.Lazy
     return ir.LazyTensor(evaluate, dtype=ir.DataType.FLOAT, shape=ir.Shape(dims), name=name)
 
 
-def plan_of(model: ir.Model, codes: dict[str, np.ndarray]) -> PrecisionPlan:
-    """Every Linear INT8, activations per token."""
+def plan_of(model: ir.Model, codes: dict[str, np.ndarray], scheme: str) -> PrecisionPlan:
+    """Every Linear INT8 or FP8, activations per token."""
+    fp8 = scheme == "fp8"
     ops, sites = [], []
     for site in find_sites(model.graph):
-        activation = ActivationQuant("token", None, None, np.full(site.channels, 255))
+        activation = ActivationQuant("token", None, None, np.full(site.channels, 255), fp8=fp8)
         names = tuple(linear.name for linear in site.linears)
         sites.append(SitePlan(site.name, str(site.x.name), activation, names))
     for linear in find_linears(model.graph):
         k, n = linear.in_features, linear.out_features
-        weight = QuantizedWeight(codes[str(linear.weight.name)], np.full(n, SCALE, np.float32))
+        own = codes[str(linear.weight.name)]
+        weight = QuantizedWeight(own, np.full(n, SCALE, np.float32))
+        if fp8:
+            # Codes of more than four bits are rounded.
+            weight = dataclasses.replace(weight, codes=own.astype(E4M3))
         site_name = next(s.name for s in sites if linear.name in s.ops)
         ops.append(
-            OpPlan(linear.name, site_name, "int8", "", k, n, str(linear.output.name), weight)
+            OpPlan(
+                linear.name,
+                site_name,
+                "fp8" if fp8 else "int8",
+                "",
+                k,
+                n,
+                str(linear.output.name),
+                weight,
+            )
         )
     return PrecisionPlan(tuple(sites), tuple(ops), "float16")
 
@@ -250,18 +265,18 @@ class Bound(Timed):
 
 
 def compare(
-    name: str, layers: int, repeats: int, target: OrtCuda, *, cache: bool
+    name: str, layers: int, repeats: int, target: OrtCuda, chosen: str, *, cache: bool
 ) -> list[dict[str, Any]]:
     """Lower both, open both, time both in turns."""
     shape = SHAPES[name]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         paths, sizes = [], []
-        for scheme in ("fp16", "w8a8"):
+        for scheme in ("fp16", chosen):
             model, codes = build(shape, layers)
             plan = PrecisionPlan(floats="float16")
-            if scheme == "w8a8":
-                plan = plan_of(model, codes)
+            if scheme == chosen:
+                plan = plan_of(model, codes, scheme)
                 Quantize(plan)(model)
             for pass_ in (*([KvCache()] if cache else []), *target.lower(plan)):
                 pass_(model)
@@ -286,14 +301,14 @@ def compare(
             for _ in range(repeats):
                 for side, kept in zip(sides, times, strict=True):
                     kept.append(side.time() * 1e3)
-            half, int8 = (side.output()[real] for side in sides)
+            half, coded = (side.output()[real] for side in sides)
             medians = [statistics.median(kept) for kept in times]
             rows.append(
                 {
                     "model": name, "layers": layers, "feed": str(feed), **dataclasses.asdict(feed),
-                    "fp16_ms": medians[0], "w8a8_ms": medians[1],
+                    "scheme": chosen, "fp16_ms": medians[0], "ms": medians[1],
                     "ratio": medians[0] / medians[1], "weights": sizes[1] / sizes[0],
-                    "sqnr_db": float(10 * np.log10((half**2).sum() / ((half - int8) ** 2).sum())),
+                    "sqnr_db": float(10 * np.log10((half**2).sum() / ((half - coded) ** 2).sum())),
                     "quarters": [statistics.quantiles(kept, n=4) for kept in times],
                 }
             )  # fmt: skip
@@ -303,7 +318,9 @@ def compare(
 
 def line_of(row: dict[str, Any]) -> str:
     """For people."""
-    times = f"fp16 {row['fp16_ms']:8.3f} ms  w8a8 {row['w8a8_ms']:8.3f} ms  {row['ratio']:.2f}x"
+    times = (
+        f"fp16 {row['fp16_ms']:8.3f} ms  {row['scheme']} {row['ms']:8.3f} ms  {row['ratio']:.2f}x"
+    )
     sizes = f"weights {row['weights']:.2f}x  SQNR {row['sqnr_db']:.1f} dB"
     return f"{row['model']:11} {row['layers']} layers  {row['feed']:15} {times}  {sizes}"
 
@@ -314,6 +331,7 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", choices=list(SHAPES), default=["opt-6.7b", "opt-13b", "llama-3-8b"]
     )
+    parser.add_argument("--scheme", choices=["w8a8", "fp8"], default="w8a8")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--target", default="", help="a variant, where there is no GPU")
@@ -324,7 +342,14 @@ def main() -> None:
     rows = [
         row
         for name in arguments.models
-        for row in compare(name, arguments.layers, arguments.repeats, target, cache=arguments.cache)
+        for row in compare(
+            name,
+            arguments.layers,
+            arguments.repeats,
+            target,
+            arguments.scheme,
+            cache=arguments.cache,
+        )
     ]
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused
-from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, QUANTIZE, per_token_functions
+from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, E4M3, QUANTIZE, per_token_functions
 
+from qcompile.e4m3 import E4M3 as CODES
 from qcompile.linears import Linear, find_linears
 from qcompile.names import set_module_path
 from qcompile.precision import OpPlan, PrecisionPlan, SitePlan
@@ -16,16 +17,18 @@ from qcompile.precision import OpPlan, PrecisionPlan, SitePlan
 class Quantize(ir.passes.InPlacePass):
     """Quantise activations once per site, weights per output channel.
 
-    1. static: ``x -> QuantizeLinear -> DequantizeLinear``, constant uint8 scale and zero_point
+    1. static: ``x -> QuantizeLinear -> DequantizeLinear``, constant scale and zero_point, codes
+       uint8 or float8e4m3fn
     2. dynamic: ``x -> DynamicQuantizeLinear -> DequantizeLinear``
     3. token: ``x -> qcompile.QuantizePerToken -> qcompile.DequantizePerToken``, model-local
-       functions with bodies in standard ops
+       functions with bodies in standard ops, of which e4m3 has an overload
 
     and each planned MatMul reads ``DequantizeLinear(codes, scale, axis=1)`` for its weight, or
     ``DequantizeLinear(codes, scale, axis=0, block_size)`` where its scales are per block; an op of
     weight-only precision goes on reading x. Outlier channels that are split are gathered as often
     as they are copied, shifted, quantised by a coarser scale and appended. The result is a valid
-    ONNX model that any runtime computes; a target replaces it by kernels.
+    ONNX model that any runtime computes; a target replaces it by kernels. (ONNX Runtime 1.31 takes
+    static e4m3 with graph optimisations off only: they would make an integer kernel of it.)
     """
 
     def __init__(self, plan: PrecisionPlan) -> None:
@@ -46,7 +49,7 @@ class Quantize(ir.passes.InPlacePass):
             if present:
                 self._quantize_site(model, site, present)
         for op in planned:
-            if op.precision != "int8":
+            if not op.coded:
                 linear = linears[op.name]
                 _quantize_weight(model.graph, linear, op, linear.x)
         drop_unused(model)
@@ -62,7 +65,7 @@ class Quantize(ir.passes.InPlacePass):
         if site.activation.split is None:
             x_hat.shape = x.shape
         if site.activation.mode == "token":
-            for function in per_token_functions():
+            for function in per_token_functions(E4M3 if site.activation.fp8 else ""):
                 model.functions.setdefault(function.identifier(), function)
             graph.opset_imports[DOMAIN] = 1
         for node in tape.nodes:
@@ -78,7 +81,8 @@ def _quantize_weight(graph: ir.Graph, linear: Linear, op: OpPlan, x_hat: ir.Valu
     weight = op.weight
     assert weight is not None, f"{op.name} is planned {op.precision} without codes"
     stored = weight.codes if weight.bits == 8 else weight.codes.astype(ml_dtypes.int4)
-    codes = constant(graph, f"{op.name}.weight_int{weight.bits}", stored)
+    kind = "e4m3" if op.precision == "fp8" else f"int{weight.bits}"
+    codes = constant(graph, f"{op.name}.weight_{kind}", stored)
     scale = constant(graph, f"{op.name}.weight_scale", weight.scale)
     attributes = {"axis": 1}
     if weight.block_size is not None:
@@ -99,15 +103,19 @@ def _quantize_activation(
 ) -> ir.Value:
     activation = site.activation
     if activation.mode == "token":
-        codes, scale = tape.op_multi_out(QUANTIZE, [x], num_outputs=2, domain=DOMAIN)
-        return tape.op(DEQUANTIZE, [codes, scale], domain=DOMAIN)
+        overload = E4M3 if activation.fp8 else ""
+        codes, scale = tape.op_multi_out(
+            QUANTIZE, [x], num_outputs=2, domain=DOMAIN, overload=overload
+        )
+        return tape.op(DEQUANTIZE, [codes, scale], domain=DOMAIN, overload=overload)
     if activation.mode == "dynamic":
         codes, scale, zero_point = tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
         return tape.op("DequantizeLinear", [codes, scale, zero_point])
-    assert activation.scale is not None and activation.zero_point is not None
+    assert activation.scale is not None
+    zero = np.array(activation.zero_point or 0, CODES if activation.fp8 else np.uint8)
     parameters = [
         constant(graph, f"{site.name}.scale", np.array(activation.scale, np.float32)),
-        constant(graph, f"{site.name}.zero_point", np.array(activation.zero_point, np.uint8)),
+        constant(graph, f"{site.name}.zero_point", zero),
     ]
     codes = tape.op("QuantizeLinear", [x, *parameters])
     split = activation.split

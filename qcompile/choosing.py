@@ -19,7 +19,7 @@ from qcompile.gradients import Importance
 from qcompile.labelling import Cost, Item, Problem, Solution, front, solve
 from qcompile.linears import Linear, Site
 from qcompile.options import Options
-from qcompile.precision import FLOAT_BYTES, INT8, Choice, Floats, Label
+from qcompile.precision import CODED, FLOAT_BYTES, Choice, Floats, Label
 from qcompile.sensitivity import Damage
 from qcompile.targets.base import Target
 from qcompile.weight_blocks import BLOCK_SIZE
@@ -105,7 +105,7 @@ class Measured:
                             )
                             for label in labels
                         },
-                        needs={label: label if label in INT8 else None for label in labels},
+                        needs={label: label if label in CODED else None for label in labels},
                     )
                 )
         conversions: dict[str, dict[str, Cost]] = {

@@ -38,7 +38,7 @@ class _Frozen(pydantic.BaseModel):
 class SiteRule(_Frozen):
     """What a recipe asks for the modules that its glob matches. Unset fields keep the default."""
 
-    precision: Literal["float", "w8a8", "w8a16", "w4a16", "split"] | None = None
+    precision: Literal["float", "w8a8", "fp8", "w8a16", "w4a16", "split"] | None = None
     activations: Activations | None = None
     smooth: Smooth | None = None
     ranges: RangeMethod | None = None
@@ -47,11 +47,16 @@ class SiteRule(_Frozen):
     def _has_effect(self) -> SiteRule:
         if self.ranges is not None and self.activations in ("dynamic", "token"):
             raise ValueError(f"ranges are static, and {self.activations} activations have none")
-        if self.precision not in (None, "w8a8") and {
+        if self.precision is not None and not self.coded and {
             self.activations, self.smooth, self.ranges
         } != {None}:  # fmt: skip
             raise ValueError(f"{self.precision} takes no other field")
         return self
+
+    @property
+    def coded(self) -> bool:
+        """Whether it asks for codes of weights and activations."""
+        return self.precision in ("w8a8", "fp8")
 
 
 class Recipe(_Frozen):
@@ -68,9 +73,10 @@ class Recipe(_Frozen):
         # Unchecked: what is without effect in one rule may come of two that overlap.
         return SiteRule.model_construct(**merged)
 
-    def names(self, precision: str) -> bool:
-        """Whether a rule gives `precision` to any module."""
-        return any(rule.precision == precision for _, rule in self.rules)
+    @property
+    def codes(self) -> bool:
+        """Whether a rule asks for codes of activations, whatever the scheme."""
+        return any(rule.coded for _, rule in self.rules)
 
     def unmatched(self, paths: list[str]) -> list[str]:
         """Globs that match none of `paths`: almost always a spelling mistake."""

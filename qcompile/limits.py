@@ -46,6 +46,9 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             f"target {target.name} has no scheme {scheme.base}",
             hint="one of " + ", ".join(target.schemes),
         )
+    lacking = target.scheme_obstacle(scheme.base)
+    if lacking is not None:
+        raise ConfigError(f"scheme {scheme.base}: {lacking}")
     if config.cache and (scheme.floats or target.floats) not in target.caches:
         raise ConfigError(
             f"scheme {scheme.name}: target {target.name} has attention with a cache in "
@@ -61,7 +64,7 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             raise ConfigError(f"scheme {scheme.name}: {missing}")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
-    if scheme.quantizes and not scheme.modes and not config.recipe.names("w8a8"):
+    if scheme.quantizes and not scheme.modes and not config.recipe.codes:
         for field in ("activations", "smooth", "ranges"):
             if getattr(config, field) != CompileConfig.model_fields[field].default:
                 raise ConfigError(

@@ -13,13 +13,16 @@ from qcompile.outliers import Split
 
 Array = npt.NDArray[Any]
 
-Precision: TypeAlias = Literal["float", "int8", "weight8", "weight4"]
+Precision: TypeAlias = Literal["float", "int8", "weight8", "weight4", "fp8"]
 """What an op computes with; ``weight8`` and ``weight4`` leave its activation to the kernel, which
 takes float and rounds it for itself."""
 
-Label: TypeAlias = Literal["float", "static", "dynamic", "token", "split", "weight8", "weight4"]
+Label: TypeAlias = Literal[
+    "float", "static", "dynamic", "token", "split", "weight8", "weight4", "fp8", "fp8-static"
+]
 """An implementation that can be chosen for an op; a mode stands for INT8 in that mode, ``split``
-for static INT8 with outlier channels on several channels each (`qcompile.outliers`)."""
+for static INT8 with outlier channels on several channels each (`qcompile.outliers`), ``fp8`` for
+e4m3 (`qcompile.e4m3`), activations per token."""
 
 Floats: TypeAlias = Literal["float32", "float16"]
 """The type of what stays floating point."""
@@ -29,20 +32,23 @@ FLOAT_BYTES: Final[dict[Floats, int]] = {"float32": 4, "float16": 2}
 LABELS: Final[tuple[Label, ...]] = get_args(Label)
 MODES: Final[tuple[Activations, ...]] = get_args(Activations)
 INT8: Final[tuple[Label, ...]] = (*MODES, "split")
+FP8: Final[tuple[Label, ...]] = ("fp8", "fp8-static")
+CODED: Final[tuple[Label, ...]] = (*INT8, *FP8)
 """The labels that quantise an op's activation; ops that read one activation agree on it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationQuant:
-    """How one site's activation is quantised, to uint8.
+    """How one site's activation is quantised, to uint8 or to e4m3.
 
     Attributes:
         mode: ``static``, ``dynamic`` (per tensor, at run time) or ``token`` (per row, at run time).
         scale: step between two codes, for static; else None.
-        zero_point: code of the value 0, for static; else None.
+        zero_point: code of the value 0, for static uint8; else None.
         highest: int64 [channels], the largest code each channel is planned to reach; copies of
             outlier channels included.
         split: outlier channels and how often they are copied, or None.
+        fp8: whether codes are e4m3; `highest` means nothing then.
     """
 
     mode: Activations
@@ -50,10 +56,13 @@ class ActivationQuant:
     zero_point: int | None
     highest: Array
     split: Split | None = None
+    fp8: bool = False
 
     @property
     def label(self) -> Label:
         """The implementation of the ops that read it."""
+        if self.fp8:
+            return "fp8-static" if self.mode == "static" else "fp8"
         return self.mode if self.split is None else "split"
 
 
@@ -62,7 +71,7 @@ class QuantizedWeight:
     """Symmetric codes, per output channel or in blocks of input channels: ``W ≈ codes * scale``.
 
     Attributes:
-        codes: int8 [K, N]; K counts the copies of outlier channels.
+        codes: int8 or float8e4m3fn [K, N]; K counts the copies of outlier channels.
         scale: float32 [N], or [K / block_size, N].
         block_size: input channels that share a scale; None: all of them do.
         bits: of a code, 8 or 4.
@@ -78,7 +87,7 @@ class QuantizedWeight:
         scale = self.scale
         if self.block_size is not None:
             scale = np.repeat(scale, self.block_size, axis=0)[: len(self.codes)]
-        result: Array = self.codes * scale
+        result: Array = self.codes.astype(np.float32) * scale
         return result
 
 
@@ -94,13 +103,15 @@ class Choice:
         """How its activation is quantised, or None where it stays in float."""
         if self.label == "static" or self.label == "dynamic" or self.label == "token":
             return self.label
-        return "static" if self.label == "split" else None
+        if self.label == "fp8":
+            return "token"
+        return "static" if self.label in ("split", "fp8-static") else None
 
     @property
     def precision(self) -> Precision:
         if self.label == "float" or self.label == "weight8" or self.label == "weight4":
             return self.label
-        return "int8"
+        return "fp8" if self.label in FP8 else "int8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +136,11 @@ class OpPlan:
     out_features: int
     output: str
     weight: QuantizedWeight | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether it multiplies codes by codes: its activation is quantised, too."""
+        return self.precision in ("int8", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +184,7 @@ class PrecisionPlan:
 
     def label(self, op: OpPlan) -> Label:
         """What was chosen for `op`."""
-        if op.precision != "int8":
+        if op.precision == "float" or op.precision == "weight8" or op.precision == "weight4":
             return op.precision
         site = self.site(op.site)
         assert site is not None
@@ -203,7 +219,7 @@ class PrecisionPlan:
                 "site": op.site,
             }
             site = modes.get(op.site)
-            if op.precision == "int8" and site is not None:
+            if op.coded and site is not None:
                 row["activations"] = site.activation.mode
                 row["scale"] = site.activation.scale
                 row["zero_point"] = site.activation.zero_point

@@ -7,7 +7,7 @@ from typing import Final
 
 from qcompile.config import Activations
 from qcompile.errors import ConfigError
-from qcompile.precision import MODES, Floats, Label
+from qcompile.precision import FP8, MODES, Choice, Floats, Label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,13 @@ class Scheme:
     @property
     def modes(self) -> tuple[Activations, ...]:
         """How it lets activations be quantised; none where only weights are."""
-        return tuple(mode for mode in MODES if mode in self.labels)
+        named = {Choice(label, "").mode for label in self.labels}
+        return tuple(mode for mode in MODES if mode in named)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether codes are e4m3."""
+        return bool(set(self.labels) & set(FP8))
 
 
 SCHEMES: Final = {
@@ -55,6 +61,7 @@ SCHEMES: Final = {
         Scheme("fp32", "traced and fused, nothing quantised: the baseline", floats="float32"),
         Scheme("fp16", "as fp32, in float16: the baseline on a GPU", floats="float16"),
         Scheme("w8a8", "int8 weights per output channel, 8-bit activations, SmoothQuant", MODES),
+        Scheme("fp8", "e4m3 weights per output channel, e4m3 activations, SmoothQuant", FP8),
         Scheme("w8a16", "int8 weights per block of 32, rounded to nearest", ("weight8",)),
         Scheme("w4a16", "int4 weights per block of 32, rounded to nearest", ("weight4",)),
     )

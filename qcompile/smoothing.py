@@ -138,7 +138,7 @@ def _plan_site(
     planned = [linear for linear in site.linears if chosen[linear.name].mode is not None]
     if not planned:
         return dataclasses.replace(nothing, reason="not quantised")
-    activations = chosen[planned[0].name].mode
+    activations, precision = chosen[planned[0].name].mode, chosen[planned[0].name].precision
     assert activations is not None and stats is not None
     if smooth == "off":
         return dataclasses.replace(nothing, reason="off, as asked")
@@ -155,7 +155,10 @@ def _plan_site(
     candidates: dict[float | None, Array] = {None: np.ones(site.channels)}
     for alpha in ALPHAS if smooth == "auto" else (float(smooth),):
         candidates[alpha] = smoothing_scale(stats.absmax, weights.largest, alpha, groups)
-    errors = {a: output_error(stats, weights, s, activations) for a, s in candidates.items()}
+    fp8 = precision == "fp8"
+    errors = {
+        a: output_error(stats, weights, s, activations, fp8=fp8) for a, s in candidates.items()
+    }
     alpha_best = min(errors, key=lambda a: errors[a]) if smooth == "auto" else float(smooth)
     if alpha_best is None:
         return dataclasses.replace(nothing, reason="smoothing would not lessen the output error")

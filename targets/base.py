@@ -65,6 +65,8 @@ class Target(abc.ABC):
     """What makes an activation and can quantise it in the same kernel."""
     timed_as: Mapping[Label, Label] = MappingProxyType({"dynamic": "static"})
     """Labels whose Linears meet the kernel of another: one time for both."""
+    converted_as: Mapping[Label, Label] = MappingProxyType({})
+    """Labels whose activations are quantised by the kernel of another, as fast."""
     probe_bytes: int = 48 << 20
     """Bytes of float32 weights that a probe fills where it can: more than a cache holds."""
 
@@ -100,6 +102,10 @@ class Target(abc.ABC):
     @property
     def unmeasured(self) -> str | None:
         """Why there are no measured times to plan by but a user's own, or None."""
+        return None
+
+    def scheme_obstacle(self, scheme: str) -> str | None:
+        """Why one of `schemes` cannot be had on this variant, or None."""
         return None
 
     def cache_obstacle(self, bits: int) -> str | None:

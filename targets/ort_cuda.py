@@ -1,4 +1,4 @@
-"""`ort-cuda`: ONNX Runtime's CUDA provider, with INT8 operators of our own."""
+"""`ort-cuda`: ONNX Runtime's CUDA provider, with INT8 and FP8 operators of our own."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ from qcompile.passes.weight_only import WeightOnlyMatMul
 from qcompile.targets.base import Capability, Target
 from qcompile.targets.cuda import library
 from qcompile.targets.cuda.reference import with_reference
-from qcompile.targets.cuda.schema import DOMAIN, VERSION, refusal
+from qcompile.targets.cuda.schema import DOMAIN, FP8_ARCHITECTURES, VERSION, refusal
 
 from qcompile.errors import ConfigError
 from qcompile.makers import MAKERS
-from qcompile.precision import OpPlan, PrecisionPlan
+from qcompile.precision import FP8, Label, OpPlan, PrecisionPlan
 from qcompile.session import HERE, Runtime
 
 _KERNEL: Final = f"{DOMAIN}.MatMulInt8"
+_FP8_KERNEL: Final = f"{DOMAIN}.MatMulFp8"
 _STAND_IN: Final = (
     "there is no GPU with ONNX Runtime's CUDA provider here, so the graph runs on the CPU, by the "
     "operators' bodies in standard ops: right, and slow"
@@ -48,7 +49,7 @@ _NBITS_KERNEL: Final = f"{CONTRIB}.{NBITS}"
 
 
 class OrtCuda(Target):
-    """CUDA provider in float16, INT8 by custom operators.
+    """CUDA provider in float16, INT8 and FP8 by custom operators.
 
     Where there is no such GPU, the operators' bodies in standard ops run on the CPU: what they
     compute is checked, how fast is not.
@@ -57,7 +58,7 @@ class OrtCuda(Target):
     name = "ort-cuda"
     summary = "ONNX Runtime, CUDA provider, INT8 kernels of our own"
     variants = ("sm80", "sm89", "sm90")
-    schemes = ("fp32", "fp16", "w8a8", "w8a16", "w4a16")
+    schemes = ("fp32", "fp16", "w8a8", "fp8", "w8a16", "w4a16")
     floats = "float16"
     caches = ("float16",)
     genai = "cuda"
@@ -65,7 +66,8 @@ class OrtCuda(Target):
     symmetric = True
     blockwise = False
     fuses = MAKERS
-    timed_as = MappingProxyType({"static": "token"})
+    timed_as = MappingProxyType({"static": "token", "fp8-static": "fp8"})
+    converted_as = MappingProxyType({"fp8": "token", "fp8-static": "static"})
     probe_bytes = 1 << 30
     saturates = False
     capabilities = (
@@ -79,6 +81,8 @@ class OrtCuda(Target):
         Capability(
             "MatMul", "static", "int8 per output channel", _KERNEL, "one scale, from calibration"
         ),
+        Capability("MatMul", "fp8", "e4m3 per output channel", _FP8_KERNEL, "as token"),
+        Capability("MatMul", "fp8-static", "e4m3 per output channel", _FP8_KERNEL, "as static"),
         Capability("MatMul", "weight8", "int8 per block of 32", _NBITS_KERNEL, "float16 inside"),
         Capability("MatMul", "weight4", "int4 per block of 32", _NBITS_KERNEL, "as weight8"),
     )
@@ -140,6 +144,19 @@ class OrtCuda(Target):
             "where past and present are not in the same memory"
         )
 
+    def scheme_obstacle(self, scheme: str) -> str | None:
+        if scheme == "fp8" and self.variant in self.variants and not self._fp8:
+            having = " and ".join(f"sm{number}" for number in FP8_ARCHITECTURES)
+            return f"{self.variant} has no tensor cores for e4m3; {having} have"
+        return None
+
+    @property
+    def _fp8(self) -> bool:
+        return self.variant in {f"sm{number}" for number in FP8_ARCHITECTURES}
+
+    def capability(self, op: str, label: Label) -> Capability | None:
+        return super().capability(op, label) if self._fp8 or label not in FP8 else None
+
     def refusal(self, in_features: int, out_features: int) -> str | None:
         return refusal(out_features, in_features)
 
@@ -195,7 +212,7 @@ class OrtCuda(Target):
         )
 
     def kernels_for(self, op: OpPlan, plan: PrecisionPlan) -> tuple[str, ...]:
-        return (_KERNEL if op.precision == "int8" else _NBITS_KERNEL,)
+        return ({"int8": _KERNEL, "fp8": _FP8_KERNEL}.get(op.precision, _NBITS_KERNEL),)
 
     def emit(self, model: ir.Model, folder: Path) -> Path:
         path = folder / "model.onnx"

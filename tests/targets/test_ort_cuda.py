@@ -20,6 +20,7 @@ from qcompile.targets.ort_cuda import OrtCuda
 import qcompile
 from qcompile.artifact import GRAPH, RECORD
 from qcompile.check import check_artifact
+from qcompile.config import Recipe
 from qcompile.errors import ConfigError, ModelError, StandInWarning
 from qcompile.genai import CONFIG as GENAI
 from qcompile.generation import Decoder, generate
@@ -101,6 +102,64 @@ def test_w8a8_is_as_accurate_as_its_emulation(
     kl, limit = artifact.report.accuracy["kl"], emulated.report.accuracy["kl"]
     # Static codes are symmetric here, which wastes half of them after ReLU.
     assert kl < (1.1 if mode == "token" else 4.0) * limit + 1e-4
+
+
+@pytest.mark.parametrize("activations", ["token", "static"])
+def test_fp8(compiled: Callable[..., qcompile.Artifact], activations: str) -> None:
+    artifact = compiled("ort-cuda:sm89", "fp8", activations=activations)
+    model = graph_of(artifact)
+    kinds = [node.op_type for node in model.graph if node.domain == DOMAIN]
+    assert kinds.count("MatMulFp8") >= 24 and kinds.count("QuantizeFp8") == 4
+    assert kinds.count("LayerNormFp8") >= 8 and kinds.count("ActivationFp8") == 4
+    assert not any(kind.endswith("Int8") for kind in kinds)
+    codes = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT8E4M3FN]
+    assert len(codes) == kinds.count("MatMulFp8")
+    label = {"token": "fp8", "static": "fp8-static"}[activations]
+    ops = [op for op in artifact.report.ops if op.precision != "float"]
+    assert {(op.precision, op.saturation_safe) for op in ops} == {("fp8", None)}
+    assert {row["label"] for row in planned(artifact) if row["precision"] == "fp8"} == {label}
+    assert min(op.sqnr_db or 0.0 for op in ops) > 15
+    assert check_artifact(artifact.path)["kernels"] == "as planned, by other means here"
+
+
+def planned(artifact: qcompile.Artifact) -> list[dict[str, Any]]:
+    record = json.loads((artifact.path / RECORD).read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = record["plan"]["ops"]
+    return rows
+
+
+def test_fp8_is_planned_from_the_stored_table(
+    compiled: Callable[..., qcompile.Artifact],
+) -> None:
+    """Against float16 and INT8, whose times and damage are known as well."""
+    report = compiled("ort-cuda:sm90", "fp8", objective="latency", shapes=((8, 64),)).report
+    rows = {row.label: row for op in report.ops[:1] for row in op.candidates}
+    assert {"fp8", "token", "float"} <= rows.keys()
+    assert rows["fp8"].conversion == rows["token"].conversion
+    assert rows["fp8"].bytes == rows["token"].bytes
+    assert 0.0 < rows["token"].damage < rows["fp8"].damage, "eight bits of precision, or four"
+    assert any("stored times" in line for line in report.warnings)
+
+
+def test_a_recipe_mixes_codes(tiny_onnx: Path, tiny_opt: Path, tmp_path: Path) -> None:
+    recipe = {"*.fc1": {"precision": "fp8"}, "*.fc2": {"precision": "fp8", "activations": "static"}}
+    config = qcompile.CompileConfig(
+        samples=4,
+        seq_len=32,
+        objective="scheme",
+        recipe=Recipe.from_mapping(recipe),
+        smooth="off",
+    )
+    artifact = qcompile.compile(
+        str(tiny_onnx),
+        target="ort-cuda:sm90",
+        scheme="w8a8",
+        calibration=tiny_opt / "calibration.txt",
+        config=config,
+        output=tmp_path / "out",
+    )
+    labels = {row["name"].rpartition(".")[2]: row["label"] for row in planned(artifact)}
+    assert (labels["fc1"], labels["fc2"], labels["q_proj"]) == ("fp8", "fp8-static", "token")
 
 
 def test_without_a_gpu_a_stored_table_is_planned_by(
@@ -229,6 +288,16 @@ def test_the_last_logits_of_int8(compiled: Callable[..., qcompile.Artifact]) -> 
         ("ort-cuda", "fp16", {}, "there is no GPU .* like ort-cuda:sm90"),
         ("ort-cuda:sm70", "fp16", {}, "no variant 'sm70'"),
         ("ort-cpu", "fp16", {}, "target ort-cpu has no scheme fp16"),
+        ("ort-cpu", "fp8", {}, "target ort-cpu has no scheme fp8"),
+        ("ort-cuda:sm80", "fp8", {}, "sm80 has no tensor cores for e4m3; sm89 and sm90 have"),
+        ("ort-cuda:sm80", "w8a8", {"recipe": {"*": "fp8"}}, "ort-cuda has no kernel for fp8"),
+        ("ort-cpu", "w8a8", {"recipe": {"*": "fp8"}}, "ort-cpu has no kernel for fp8"),
+        (
+            "ort-cuda:sm90",
+            "fp8",
+            {"activations": "static", "ranges": "mse"},
+            "ranges mse are for codes at even distances",
+        ),
         ("ort-cuda:sm80", "w8a8", {"max_kl": 0.1}, "max_kl wants measured times"),
         (
             "ort-cuda:sm89",
