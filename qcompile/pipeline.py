@@ -24,7 +24,13 @@ from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
 from qcompile.last import keep_last
-from qcompile.limits import broken_limits, check_limits, check_plan_paths, check_target
+from qcompile.limits import (
+    broken_limits,
+    check_cache_bits,
+    check_limits,
+    check_plan_paths,
+    check_target,
+)
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
 from qcompile.options import find_options, needs_ranges, require_any
@@ -131,6 +137,8 @@ def _compile(
     cached = (KvCache(),) if config.cache else ()
     lowered = partial(_lowered_float, model, target)
     baseline_path = float_path = lowered(cached, "float32", work / "float.onnx")
+    if scheme.cache_bits is not None:
+        check_cache_bits(float_path, scheme.cache_bits)
     if scheme.quantizes and target.floats != "float32":
         # The same in the type of what is not quantised: this a quantised model has to beat.
         baseline_path = lowered(cached, target.floats, work / "baseline.onnx")

@@ -219,14 +219,20 @@ def test_logits_of_the_last_token_alone(
         config=small.model_copy(update=asked), output=tmp_path / "last",
     )  # fmt: skip
     sessions = (whole.session(), artifact.session())
-    assert Decoder(sessions[1], 2, 8).step(np.ones((2, 3), np.int64)).shape[:2] == (2, 1)
+    ids = np.array([[5, 6, 7], [8, 9, 0]])
+    mask = np.array([[1, 1, 1], [1, 1, 0]])  # padded on the right
+    every, last = (Decoder(session, 2, 8).step(ids, mask) for session in sessions)
+    np.testing.assert_allclose(last[:, 0], every[[0, 1], [2, 1]], rtol=0, atol=1e-4)
     prompts = [tokenizer(text)["input_ids"] for text in ("def f(x):\n    return", PROMPT)]
     texts = [np.stack(list(generate(session, prompts, 32))).tolist() for session in sessions]
     assert texts[0] == texts[1]
     assert artifact.report.accuracy == pytest.approx(whole.report.accuracy)
     assert run_cli("check", artifact.path).status == 0
     with pytest.raises(ConfigError, match="last_logits are for generating"):
-        qcompile.CompileConfig(last_logits=True)
+        qcompile.compile(
+            tiny_onnx, scheme="fp32", output=tmp_path / "no",
+            config=small.model_copy(update={"last_logits": True}),
+        )  # fmt: skip
 
 
 def test_a_cache_is_refused_where_it_means_nothing(
