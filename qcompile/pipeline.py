@@ -23,6 +23,7 @@ from qcompile.choosing import decide, scheme_choice
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
+from qcompile.joining import plan_joins
 from qcompile.last import keep_last
 from qcompile.limits import (
     broken_limits,
@@ -40,6 +41,7 @@ from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_rms_norm import FuseRmsNorm
+from qcompile.passes.join_products import JoinProducts
 from qcompile.passes.kv_cache import KvCache
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
@@ -196,6 +198,8 @@ def _compile(
 
     with phases.phase("lower"):
         run(graph, [*([KvCache(cache)] if config.cache else []), *target.lower(plan)])
+        if config.cache:
+            run(graph, [JoinProducts(plan_joins(plan, target))])
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:

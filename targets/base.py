@@ -55,6 +55,8 @@ class Target(abc.ABC):
     """How activations may be quantised where the user leaves it open, the default first."""
     caches: bool = False
     """Whether it runs attention that keeps keys and values."""
+    joins: bool = False
+    """Whether one kernel for all weight-only products of an activation is faster, of one token."""
     symmetric: bool = False
     """Whether static codes have to be symmetric around zero: kernels without a zero point."""
     blockwise: bool = True

@@ -207,6 +207,18 @@ def test_check_knows_a_cached_artifact(compile_cached: Cached, run_cli: RunCli) 
     assert run_cli("check", compile_cached("w8a8").path).status == 0
 
 
+def test_weights_alone_of_one_activation_are_one_product(
+    compile_cached: Cached, run_cli: RunCli
+) -> None:
+    artifact = compile_cached("w4a16")
+    graph = ir.load(artifact.path / "model.onnx").graph
+    planned = [op for op in artifact.report.ops if op.precision == "weight4"]
+    assert all(op.kernel == "com.microsoft.MatMulNBits" for op in planned)
+    products = [node for node in graph if node.op_type == "MatMulNBits"]
+    assert len(planned) - len(products) == 2 * 4  # queries, keys and values of each layer
+    assert run_cli("check", artifact.path).status == 0
+
+
 def test_logits_of_the_last_token_alone(
     compile_cached: Cached, tiny_opt: Path, tiny_onnx: Path, tokenizer: Any, tmp_path: Path,
     small: qcompile.CompileConfig, run_cli: RunCli,
