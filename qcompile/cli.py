@@ -257,7 +257,9 @@ def check_command(folder: Path, as_json: bool, trust_library: bool) -> None:
     show_default=True,
     help="0: always the likeliest token.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn."
+)
 def run_command(
     folder: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int
 ) -> None:

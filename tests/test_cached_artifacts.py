@@ -70,6 +70,9 @@ def test_run_says_what_is_wrong(
     assert "compile the model with --cache" in run_cli("run", compiled_tiny.path, PROMPT).error
     assert "is not a qcompile artifact" in run_cli("run", tmp_path, PROMPT).error
     assert run_cli("run", cached, " ").error == "the prompt is empty"
+    assert run_cli("run", cached, "\udcff").error == "the prompt is not valid UTF-8"
+    assert "no number" in run_cli("run", cached, PROMPT, "--temperature", "nan").error
+    assert run_cli("run", cached, PROMPT, "--seed", -1).status == 2
     assert "and the model 512 positions" in run_cli("run", cached, "import os\n" * 200).error
     bare = tmp_path / "bare"
     shutil.copytree(cached, bare, ignore=shutil.ignore_patterns("tokenizer*"))
