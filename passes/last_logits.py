@@ -10,10 +10,12 @@ from qcompile.passes.constants import constant
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.integer_matmul import KERNEL as INTEGER
 from qcompile.passes.matching import made_by
+from qcompile.passes.pack_tokens import negative
 from qcompile.passes.symbolic_shapes import dims_of
 from qcompile.passes.weight_only import KERNEL as NBITS
 from qcompile.targets.cuda.schema import DOMAIN
 
+from qcompile.cache import MASK, TOKENS
 from qcompile.linears import is_constant
 
 _EACH_TOKEN: Final = frozenset(
@@ -27,11 +29,13 @@ _EACH_TOKEN: Final = frozenset(
 
 
 class LastLogits(ir.passes.InPlacePass):
-    """``logits = f(x)`` -> ``logits = f(Slice(x, -1, axis=1))``, of shape [batch, 1, vocabulary].
+    """``logits = f(x)`` -> ``logits = f(GatherND(x, last))``, of shape [batch, 1, vocabulary].
 
     f is what comes after the last op that has two computed inputs, usually the residual Add: a
-    norm, a quantisation and the product with the vocabulary. A graph without an output ``logits``
-    of three axes is left as it is.
+    norm, a quantisation and the product with the vocabulary. ``last`` is where ``attention_mask``
+    [batch, total] has its last one among the tokens of ``input_ids`` [batch, sequence], so that
+    padding may be on either side; in a row of nothing but padding it is the last column. A graph
+    without these inputs, or without an output ``logits`` of three axes, is left as it is.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -39,10 +43,11 @@ class LastLogits(ir.passes.InPlacePass):
         dims = dims_of(logits)
         if logits is None or dims is None or len(dims) != 3 or dims[1] == 1:
             return ir.passes.PassResult(model, modified=False)
+        given = {value.name: value for value in model.graph.inputs}
         after = _after(logits)
-        if not after:
+        if not after or not {MASK, TOKENS} <= given.keys():
             return ir.passes.PassResult(model, modified=False)
-        _slice(model.graph, after[-1])
+        _gather(model.graph, after[-1], given[MASK], given[TOKENS])
         for made in (value for node in after for value in node.outputs):
             known = dims_of(made)
             made.shape = ir.Shape([known[0], 1, *known[2:]]) if known else None
@@ -107,20 +112,36 @@ def _at(node: ir.Node) -> int:
     return 1 if node.op_type in ("Add", "Mul") and first is not None and _fixed(first) else 0
 
 
-def _slice(graph: ir.Graph, node: ir.Node) -> None:
-    """Let `node` read the last token only."""
+def _gather(graph: ir.Graph, node: ir.Node, mask: ir.Value, tokens: ir.Value) -> None:
+    """Let `node` read the last token of each row only."""
     at = _at(node)
     value = node.inputs[at]
     assert value is not None
-    bounds = ([-1], [np.iinfo(np.int64).max], [1])
-    limits = [
-        constant(graph, f"last/{name}", np.array(of, np.int64))
-        for name, of in zip(("start", "end", "axis"), bounds, strict=True)
-    ]
-    last = ir.node("Slice", [value, *limits], name="last/Slice")
+    axis, axes, inner, minus_one = (
+        constant(graph, f"last/{name}", of)
+        for name, of in (
+            ("axis", np.array(1)),
+            ("axes", np.array([1])),
+            ("inner", np.array([1, 2])),
+            ("minus_one", np.array(-1, np.int32)),
+        )
+    )
+    tape = ir.tape.Tape()
+    # No shape is computed with: ONNX Runtime would do that on the CPU.
+    minus = negative(tape, tokens)
+    newest = tape.op("CumSum", [minus, axis], {"reverse": 1})
+    known = tape.op("Cast", [mask], {"to": int(ir.DataType.INT32)})
+    kept = tape.op("GatherElements", [known, newest], {"axis": 1})
+    places = tape.op("Mul", [kept, tape.op("CumSum", [minus, axis])])
+    least = tape.op("ReduceMin", [places, axes], {"keepdims": 0})
+    at_last = tape.op("Sub", [minus_one, least])
+    index = tape.op("Cast", [at_last], {"to": int(ir.DataType.INT64)})
+    last = tape.op("GatherND", [value, tape.op("Unsqueeze", [index, inner])], {"batch_dims": 1})
+    for at_node, made in enumerate(tape.nodes):
+        made.name = f"last/{at_node}"
+        made.outputs[0].name = f"{made.name}/{made.op_type}"
     dims = dims_of(value)
-    last.outputs[0].name = "last/output"
-    last.outputs[0].type = value.type
-    last.outputs[0].shape = ir.Shape([dims[0], 1, *dims[2:]]) if dims else None
-    graph.insert_before(node, last)
-    node.replace_input_with(at, last.outputs[0])
+    last.type = value.type
+    last.shape = ir.Shape([dims[0], 1, *dims[2:]]) if dims else None
+    graph.insert_before(node, tape.nodes)
+    node.replace_input_with(at, last)

@@ -15,6 +15,10 @@ PRESENT: Final = "present.{}.{}"
 
 KINDS: Final = ("key", "value")
 
+TOKENS: Final = "input_ids"
+MASK: Final = "attention_mask"
+"""The other inputs: the new tokens, and what is real of them and of what is in the cache."""
+
 _TYPES: Final = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -99,8 +103,15 @@ def after(session: ort.InferenceSession, feed: Mapping[str, Any], past: int) -> 
                 if np.issubdtype(value.dtype, np.floating)
                 else rng.integers(0, 128, shape, value.dtype)
             )
-    mask = made["attention_mask"]
-    made["attention_mask"] = np.pad(mask, ((0, 0), (past, 0)), constant_values=1)
+    mask = made[MASK]
+    made[MASK] = np.pad(mask, ((0, 0), (past, 0)), constant_values=1)
     if "position_ids" in made:
         made["position_ids"] = made["position_ids"] + past
     return made
+
+
+def last_columns(feed: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    """Where each row of `feed` has its last real token, [batch, 1, 1]: of the new tokens."""
+    mask = np.asarray(feed[MASK])[:, -np.shape(feed[TOKENS])[1] :] != 0
+    found = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
+    return np.asarray(found, np.int64)[:, None, None]

@@ -124,7 +124,7 @@ def cli() -> None:
 @click.option(
     "--last-logits",
     is_flag=True,
-    help="With --cache: of a prompt, the last token's logits only; pad batches on the left.",
+    help="With a cache: of a prompt, the last token's logits only.",
 )
 @click.option(
     "--strict/--no-strict",
@@ -257,7 +257,9 @@ def check_command(folder: Path, as_json: bool, trust_library: bool) -> None:
     show_default=True,
     help="0: always the likeliest token.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn."
+)
 def run_command(
     folder: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int
 ) -> None:
@@ -320,7 +322,9 @@ def main() -> None:
     except QcompileError as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; nothing was written", _INTERRUPTED)
+        # Only compiling writes anything, and it is the default.
+        compiling = not sys.argv[1:] or sys.argv[1] not in {*cli.commands} - {"compile"}
+        _fail(f"interrupted{'; nothing was written' if compiling else ''}", _INTERRUPTED)
     except BrokenPipeError:
         # `qcompile inspect DIR | head`: the reader has gone, and that is no error.
         with contextlib.suppress(OSError):

@@ -154,8 +154,7 @@ class CompileConfig(_Frozen):
             (and 1x1 for what generates), else the first held-back sample's.
         cache: a causal language model keeps its keys and values, so that it generates; without,
             its graph gives the logits of every position at once. None: as the scheme has it.
-        last_logits: with a cache, the graph gives the logits of the last column only, which in a
-            batch that is padded on the right is padding: nothing detects that.
+        last_logits: with a cache, the graph gives the logits of each row's last token only.
         strict: a verification that does not hold is an error, not only a line in the report.
 
     Raises:
@@ -220,12 +219,6 @@ class CompileConfig(_Frozen):
                 )
         if self.objective == "scheme" and self.costs is not None:
             raise ValueError("objective scheme measures nothing, so costs have no effect")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _last_logits_have_effect(self) -> CompileConfig:
-        if self.last_logits and not self.cache:
-            raise ValueError("last_logits are for generating, so they want a cache")
         return self
 
     # Last, so that it sees what the other validators refuse.

@@ -119,4 +119,7 @@ def _drawn(logits: Logits, temperature: float, rng: np.random.Generator) -> Toke
         return np.asarray(logits.argmax(axis=-1))
     # The largest of logits with Gumbel noise is a draw from their softmax.
     noise = -np.log(-np.log(rng.random(logits.shape)))
-    return np.asarray((logits / temperature + noise).argmax(axis=-1))
+    below = logits - logits.max(
+        axis=-1, keepdims=True
+    )  # so that no quotient is infinite at the top
+    return np.asarray((below / temperature + noise).argmax(axis=-1))

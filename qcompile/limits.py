@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx_ir as ir
 
+from qcompile.cache import PAST
 from qcompile.config import CompileConfig
 from qcompile.costs import open_costs
-from qcompile.errors import ConfigError, check_reachable
+from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.planfile import PlanFile
 from qcompile.schemes import Scheme
 from qcompile.targets import Target
@@ -62,6 +65,8 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         missing = target.cache_obstacle(scheme.cache_bits)
         if missing is not None:
             raise ConfigError(f"scheme {scheme.name}: {missing}")
+    if config.last_logits and not config.cache and scheme.cache_bits is None:
+        raise ConfigError("last_logits are for generating, so they want a cache")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
     if scheme.quantizes and not scheme.modes and not config.recipe.codes:
@@ -113,6 +118,21 @@ def check_limits(config: CompileConfig, model: TracedModel) -> None:
         raise ConfigError(
             f"max_kl is a limit on logits, and the outputs of a {model.task} model are none",
             hint="--objective accuracy with --min-speedup trades the same way",
+        )
+
+
+def check_cache_bits(path: Path, bits: int) -> None:
+    """Refuse codes of `bits` for the heads of the float graph in `path`, one with a cache.
+
+    Raises:
+        ModelError: heads of an odd size, where two channels share a byte.
+    """
+    past = next(v for v in ir.load(path).graph.inputs if v.name == PAST.format(0, "key"))
+    size = past.shape[-1] if past.shape is not None else None
+    if bits == 4 and isinstance(size, int) and size % 2:
+        raise ModelError(
+            f"the model cannot have a cache of {bits} bits: its heads have {size} channels, "
+            "and two share a byte",
         )
 
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qcompile.alone import measure_alone
 from qcompile.calibration.data import ROW_SAMPLES, TOKEN_SAMPLES, CalibrationData
 from qcompile.calibration.stats import Stats
-from qcompile.choosing import Measured
+from qcompile.choosing import STEPS, Measured
 from qcompile.config import CompileConfig
 from qcompile.costs import default_path, open_costs
 from qcompile.gradients import Gradients, Importance, measure_gradients
@@ -86,7 +86,8 @@ def measure(
     elif times.measured:
         with contextlib.suppress(OSError):  # a cache that cannot be kept is no failure
             table.write(default_path(here))
-    return dataclasses.replace(measured, importance=importance, how=how)
+    steps = STEPS if config.cache else 1
+    return dataclasses.replace(measured, importance=importance, how=how, steps=steps)
 
 
 def measure_times(

@@ -24,9 +24,11 @@ from qcompile.choosing import decide, scheme_choice
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
+from qcompile.joining import plan_joins
 from qcompile.last import keep_last
 from qcompile.limits import (
     broken_limits,
+    check_cache_bits,
     check_limits,
     check_plan_paths,
     check_target,
@@ -41,6 +43,7 @@ from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_rms_norm import FuseRmsNorm
+from qcompile.passes.join_products import JoinProducts
 from qcompile.passes.kv_cache import KvCache
 from qcompile.passes.outer_product import OuterProduct
 from qcompile.passes.quantize import Quantize
@@ -139,6 +142,8 @@ def _compile(
     cached = with_cache() if config.cache else ()
     lowered = partial(_lowered_float, model, target)
     baseline_path = float_path = lowered(cached, "float32", work / "float.onnx")
+    if scheme.cache_bits is not None:
+        check_cache_bits(float_path, scheme.cache_bits)
     if scheme.quantizes and target.floats != "float32":
         # The same in the type of what is not quantised: this a quantised model has to beat.
         baseline_path = lowered(cached, target.floats, work / "baseline.onnx")
@@ -196,6 +201,8 @@ def _compile(
 
     with phases.phase("lower"):
         run(graph, [*(with_cache(cache) if config.cache else ()), *target.lower(plan)])
+        if config.cache:
+            run(graph, [JoinProducts(plan_joins(plan, target))])
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:

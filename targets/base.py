@@ -57,6 +57,8 @@ class Target(abc.ABC):
     """The types in which it runs attention that keeps keys and values."""
     genai: str | None = None
     """Its execution provider as onnxruntime-genai names it; None: the CPU."""
+    joins: bool = False
+    """Whether one kernel for all weight-only products of an activation is faster, of one token."""
     symmetric: bool = False
     """Whether static codes have to be symmetric around zero: kernels without a zero point."""
     blockwise: bool = True

@@ -39,6 +39,7 @@ class OrtCpu(Target):
     summary = "ONNX Runtime, CPU provider"
     variants = ("avx2", "vnni", "arm64")
     caches = ("float32",)
+    joins = True
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
         Capability(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import qcompile
+from qcompile import cli
 from tests.cli_runner import Outcome, RunCli
 
 KEYS = {
@@ -60,6 +61,23 @@ def test_an_interrupt_in_the_middle(tiny_onnx: Path, tmp_path: Path) -> None:
     assert lines == ["error: interrupted; nothing was written"]
     assert stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("model --scheme fp32", "interrupted; nothing was written"), ("run folder x", "interrupted")],
+)
+def test_an_interrupt_says_what_was_lost(
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["qcompile", *words.split()])
+    monkeypatch.setattr(cli.cli, "main", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        cli.main()
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 # What works.
