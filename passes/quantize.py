@@ -22,10 +22,11 @@ class Quantize(ir.passes.InPlacePass):
        functions with bodies in standard ops
 
     and each planned MatMul reads ``DequantizeLinear(codes, scale, axis=1)`` for its weight, or
-    ``DequantizeLinear(codes, scale, axis=0, block_size)`` where its scales are per block; an op of
-    weight-only precision goes on reading x. Outlier channels that are split are gathered as often
-    as they are copied, shifted, quantised by a coarser scale and appended. The result is a valid
-    ONNX model that any runtime computes; a target replaces it by kernels.
+    ``DequantizeLinear(codes, scale, axis=0, block_size)`` where its scales are per block, with zero
+    points where it has some; an op of weight-only precision goes on reading x, its channels
+    gathered in the order of the codes where that is another. Outlier channels that are split are
+    gathered as often as they are copied, shifted, quantised by a coarser scale and appended. The
+    result is a valid ONNX model that any runtime computes; a target replaces it by kernels.
     """
 
     def __init__(self, plan: PrecisionPlan) -> None:
@@ -45,10 +46,12 @@ class Quantize(ir.passes.InPlacePass):
             present = [linears[name] for name in site.ops if name in linears]
             if present:
                 self._quantize_site(model, site, present)
+        gathered: dict[tuple[ir.Value, bytes], ir.Value] = {}
         for op in planned:
             if op.precision != "int8":
                 linear = linears[op.name]
-                _quantize_weight(model.graph, linear, op, linear.x)
+                x = _in_order(model.graph, linear, op, gathered)
+                _quantize_weight(model.graph, linear, op, x)
         drop_unused(model)
         return ir.passes.PassResult(model, modified=True)
 
@@ -74,17 +77,38 @@ class Quantize(ir.passes.InPlacePass):
             _quantize_weight(graph, linear, op, x_hat)
 
 
+def _in_order(
+    graph: ir.Graph, linear: Linear, op: OpPlan, gathered: dict[tuple[ir.Value, bytes], ir.Value]
+) -> ir.Value:
+    """What `linear` reads, its channels as the codes have them; once for all that read it so."""
+    order = op.weight.order if op.weight is not None else None
+    if order is None:
+        return linear.x
+    key = (linear.x, order.tobytes())
+    if key not in gathered:
+        index = constant(graph, f"{op.name}.order", order.astype(np.int64))
+        node = ir.node("Gather", [linear.x, index], {"axis": -1}, name=f"{op.name}/order")
+        node.outputs[0].shape, node.outputs[0].type = linear.x.shape, linear.x.type
+        graph.insert_before(linear.matmul, node)
+        gathered[key] = node.outputs[0]
+    return gathered[key]
+
+
 def _quantize_weight(graph: ir.Graph, linear: Linear, op: OpPlan, x_hat: ir.Value) -> None:
     weight = op.weight
     assert weight is not None, f"{op.name} is planned {op.precision} without codes"
     stored = weight.codes if weight.bits == 8 else weight.codes.astype(ml_dtypes.int4)
     codes = constant(graph, f"{op.name}.weight_int{weight.bits}", stored)
     scale = constant(graph, f"{op.name}.weight_scale", weight.scale)
+    parameters = [codes, scale]
+    if weight.zero_point is not None:
+        points = weight.zero_point.astype(stored.dtype)
+        parameters.append(constant(graph, f"{op.name}.weight_zero_point", points))
     attributes = {"axis": 1}
     if weight.block_size is not None:
         attributes = {"axis": 0, "block_size": weight.block_size}
     tape = ir.tape.Tape()
-    w_hat = tape.op("DequantizeLinear", [codes, scale], attributes)
+    w_hat = tape.op("DequantizeLinear", parameters, attributes)
     w_hat.shape = ir.Shape(weight.codes.shape)
     w_hat.dtype = ir.DataType.FLOAT
     for node in tape.nodes:

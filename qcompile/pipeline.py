@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,6 +23,7 @@ from qcompile.choosing import decide, scheme_choice
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
+from qcompile.keeping import keep_plan
 from qcompile.last import keep_last
 from qcompile.limits import broken_limits, check_limits, check_plan_paths, check_target
 from qcompile.linears import find_sites
@@ -44,7 +45,7 @@ from qcompile.precision import Choice, Floats, PrecisionPlan
 from qcompile.progress import Phases, Step
 from qcompile.report import Report
 from qcompile.reporting import make_report, site_rows
-from qcompile.schemes import Scheme, get_scheme
+from qcompile.schemes import Scheme, choose_scheme, get_scheme
 from qcompile.session import open_session
 from qcompile.shapes import check_shapes, default_shapes, prompt_length, timing_feeds
 from qcompile.smoothing import SmoothingPlan, plan_smoothing
@@ -55,16 +56,23 @@ from qcompile.traced import TracedModel
 from qcompile.trying import Applied, keep_within, tried_kl
 from qcompile.verify import measure_sqnr, verify
 
-CANONICALIZE: tuple[type[ir.passes.InPlacePass], ...] = (
-    NameFixPass,
-    FuseLayerNorm,
-    FuseRmsNorm,
-    FuseGelu,
-    FuseAttention,
-    AttentionTo3D,
-    CanonicalLinear,
-)
-"""The few standard forms that every later phase matches. A new pass is one more line here."""
+
+def canonicalize(kept: Collection[str] = ()) -> list[ir.passes.InPlacePass]:
+    """The few standard forms that every later phase matches. A new pass is one more line here.
+
+    Args:
+        kept: Linears whose weights stay as they are, bit for bit.
+    """
+    return [
+        NameFixPass(),
+        FuseLayerNorm(),
+        FuseRmsNorm(),
+        FuseGelu(),
+        FuseAttention(),
+        AttentionTo3D(),
+        CanonicalLinear(kept),
+    ]
+
 
 Calibration: TypeAlias = str | Path | Iterable[str] | Iterable[Mapping[str, Any]] | None
 
@@ -85,7 +93,7 @@ def compile_model(
     Raises:
         QcompileError: anything that cannot be done; nothing is left at `output` then.
     """
-    chosen_target, chosen_scheme = get_target(target), get_scheme(scheme)
+    chosen_target, chosen_scheme = get_target(target), get_scheme(choose_scheme(source, scheme))
     if config.recipe.rules and not chosen_scheme.quantizes:
         raise ConfigError(
             f"scheme {scheme} quantises nothing, so a recipe has no effect",
@@ -125,7 +133,8 @@ def _compile(
         check_shapes(config.shapes, model)
         check_limits(config, model)
         traced_path = work / "traced.onnx"
-        run(model.ir, [pass_() for pass_ in CANONICALIZE])
+        stored = model.checkpoint.weights if model.checkpoint is not None else ()
+        run(model.ir, canonicalize(stored))
         model.ir = spill(model.ir, work, "canonical")
 
     cached = (KvCache(),) if config.cache else ()
@@ -141,11 +150,16 @@ def _compile(
         data = _calibration_data(calibration, model, config, scheme, work, step)
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
-    graph, decision = model.ir.clone(), None
+    graph, decision, notes = model.ir.clone(), None, list[str]()
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
     floats = scheme.floats or target.floats
     plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}", floats)
-    if scheme.quantizes:
+    if scheme.keeps:
+        assert model.checkpoint is not None
+        with phases.phase("plan"):
+            plan, notes = keep_plan(find_sites(graph.graph), model.checkpoint, target)
+        PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
+    elif scheme.quantizes:
         sites = find_sites(graph.graph)
         replayed = PlanFile.read(config.plan_in) if config.plan_in else None
         if replayed:
@@ -221,6 +235,7 @@ def _compile(
         model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases,
         decision, config, kept,
     )  # fmt: skip
+    report.warnings += notes
     artifact.complete(
         folder, model, target, report, plan, cache, config, data.held_back[0], traced_path
     )

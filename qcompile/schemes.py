@@ -5,9 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
+from qcompile.checkpoints import quantized_by
 from qcompile.config import Activations
 from qcompile.errors import ConfigError
 from qcompile.precision import MODES, Floats, Label
+
+DEFAULT: Final = "w8a8"
+KEPT: Final = "checkpoint"
+"""The scheme of a source that is quantised already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,11 @@ class Scheme:
         return self.name.removesuffix(f"kv{self.cache_bits}")
 
     @property
+    def keeps(self) -> bool:
+        """Whether codes and scales are those of the source."""
+        return self.base == KEPT
+
+    @property
     def calibrates(self) -> bool:
         """Whether anything is measured on calibration data."""
         return self.quantizes or self.cache_bits is not None
@@ -57,6 +67,7 @@ SCHEMES: Final = {
         Scheme("w8a8", "int8 weights per output channel, 8-bit activations, SmoothQuant", MODES),
         Scheme("w8a16", "int8 weights per block of 32, rounded to nearest", ("weight8",)),
         Scheme("w4a16", "int4 weights per block of 32, rounded to nearest", ("weight4",)),
+        Scheme(KEPT, "a source that is quantised already, bit for bit", ("weight4", "weight8")),
     )
 }
 
@@ -77,3 +88,28 @@ def get_scheme(name: str) -> Scheme:
         hint = f"one of {', '.join(SCHEMES)}; {' or '.join(CACHES)} may follow"
         raise ConfigError(f"unknown scheme {name!r}", hint=hint)
     return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix))
+
+
+def choose_scheme(source: object, asked: str | None) -> str:
+    """The name of the scheme for `source`: what was asked for, or what fits it.
+
+    Args:
+        source: as `qcompile.frontend.load` takes it.
+        asked: a name, or None.
+
+    Raises:
+        ConfigError: there is none of that name, it would round codes a second time, or there are no
+            codes to keep.
+    """
+    by = quantized_by(source)
+    if asked is None:
+        return DEFAULT if by is None else KEPT
+    scheme = get_scheme(asked)
+    if by is None and scheme.keeps:
+        raise ConfigError(f"scheme {asked} is for a source that is quantised already: not {source}")
+    if by is not None and scheme.quantizes and not scheme.keeps:
+        raise ConfigError(
+            f"{source} is quantised already, by {by}, and {asked} would round it a second time",
+            hint="leave the scheme out; fp32 gives the dequantised model",
+        )
+    return asked

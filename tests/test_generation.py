@@ -23,7 +23,7 @@ from qcompile.config import CompileConfig
 from qcompile.errors import ModelError
 from qcompile.genai import genai_config
 from qcompile.generation import generate
-from qcompile.pipeline import CANONICALIZE, run
+from qcompile.pipeline import canonicalize, run
 from qcompile.precision import PrecisionPlan
 from qcompile.session import open_session
 
@@ -82,7 +82,7 @@ class Cached:
 
 def compile_cached(source: Path, folder: Path) -> None:
     model = frontend.load(str(source), CompileConfig(), folder)
-    run(model.ir, [pass_() for pass_ in CANONICALIZE])
+    run(model.ir, canonicalize())
     run(model.ir, [KvCache(), *OrtCpu().lower(PrecisionPlan())])
     ir.save(model.ir, folder / "model.onnx")
     settings = genai_config(model.ir.graph, source, model.max_length)

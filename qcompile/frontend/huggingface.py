@@ -14,9 +14,11 @@ import torch
 import transformers
 from optimum.exporters.tasks import TasksManager
 
+from qcompile.checkpoints import Checkpoint, quantization_settings
 from qcompile.config import CompileConfig
-from qcompile.errors import ConfigError, ModelError
+from qcompile.errors import ConfigError, ModelError, QcompileError
 from qcompile.frontend.export import check_finite_weights, export_module
+from qcompile.frontend.quantized import load_quantized
 from qcompile.traced import Kind, TracedModel
 
 # Task -> (attribute of the model's output, how it is measured).
@@ -66,7 +68,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
             hint="one of " + ", ".join(_TASKS),
         )
     output, kind = _TASKS[task]
-    module = _load_weights(source, task, config.trust_remote_code)
+    module, checkpoint = _load_weights(source, task, hf_config, config.trust_remote_code)
     check_finite_weights(module)
     tokenizer = _load_tokenizer(source, config.trust_remote_code)
     max_length = _max_length(module)
@@ -93,6 +95,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         assets=find_assets(_assets_folder(source, hf_config, tokenizer, work)),
         max_length=max_length,
         bos_token_id=_token_id(hf_config.bos_token_id),
+        checkpoint=checkpoint,
     )
 
 
@@ -180,9 +183,16 @@ def _infer_task(hf_config: Any) -> str:
     )
 
 
-def _load_weights(source: str, task: str, trust: bool) -> Any:
+def _load_weights(
+    source: str, task: str, hf_config: Any, trust: bool
+) -> tuple[Any, Checkpoint | None]:
     auto_class = TasksManager.get_model_class_for_task(task)
-    with _silent_transformers():
+    settings, checkpoint = quantization_settings(Path(source)), None
+    if settings:
+        module, info, checkpoint = _guarded(
+            source, load_quantized, Path(source), hf_config, auto_class, settings, trust
+        )
+    else:
         module, info = _guarded(
             source,
             auto_class.from_pretrained,
@@ -200,7 +210,7 @@ def _load_weights(source: str, task: str, trust: bool) -> Any:
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
             hint=f"is {task} the right task for this model?",
         )
-    return module.eval()
+    return module.eval(), checkpoint
 
 
 def _load_tokenizer(source: str, trust: bool) -> Any:
@@ -219,6 +229,8 @@ def _guarded(source: str, call: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         with _silent_transformers():
             return call(*args, **kwargs)
+    except QcompileError:
+        raise
     except Exception as error:
         lines = str(error).strip().splitlines()
         detail = lines[0] if lines else type(error).__name__
