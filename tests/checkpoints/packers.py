@@ -24,7 +24,7 @@ class Packed:
     weights: dict[str, np.ndarray]
 
 
-def tiny_llama(**changes: Any) -> transformers.LlamaForCausalLM:
+def tiny_llama(**changes: Any) -> Any:
     """Two layers of 64 channels, random weights."""
     sizes = {
         "vocab_size": 128,
@@ -38,12 +38,12 @@ def tiny_llama(**changes: Any) -> transformers.LlamaForCausalLM:
     }
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**(sizes | changes))
-    model = transformers.LlamaForCausalLM(config).eval()
+    model: Any = transformers.LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
         # Norms that are not all ones, weights that every format holds in float16.
         spread = 1.0 if "norm" in name else 0.2
         parameter.data = (parameter.data + spread * torch.randn(parameter.shape)).half().float()
-    return model
+    return model.eval()
 
 
 def save(model: Any, folder: Path, settings: dict[str, Any], pack: Pack) -> Packed:
