@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from qcompile.passes.constants import constant, drop_unused
+from qcompile.passes.constants import constant, drop_unused, shared_constant
 from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, QUANTIZE, per_token_functions
 
 from qcompile.linears import Linear, find_linears
@@ -46,12 +46,13 @@ class Quantize(ir.passes.InPlacePass):
             present = [linears[name] for name in site.ops if name in linears]
             if present:
                 self._quantize_site(model, site, present)
-        gathered: dict[tuple[ir.Value, bytes], ir.Value] = {}
+        shared: dict[tuple[ir.Value, object], ir.Value] = {}
         for op in planned:
             if op.precision != "int8":
                 linear = linears[op.name]
-                x = _in_order(model.graph, linear, op, gathered)
+                x = _in_order(model.graph, linear, op, shared)
                 _quantize_weight(model.graph, linear, op, x)
+                _add_offset(model.graph, linear, op, x, shared)
         drop_unused(model)
         return ir.passes.PassResult(model, modified=True)
 
@@ -78,20 +79,56 @@ class Quantize(ir.passes.InPlacePass):
 
 
 def _in_order(
-    graph: ir.Graph, linear: Linear, op: OpPlan, gathered: dict[tuple[ir.Value, bytes], ir.Value]
+    graph: ir.Graph, linear: Linear, op: OpPlan, shared: dict[tuple[ir.Value, object], ir.Value]
 ) -> ir.Value:
     """What `linear` reads, its channels as the codes have them; once for all that read it so."""
     order = op.weight.order if op.weight is not None else None
     if order is None:
         return linear.x
     key = (linear.x, order.tobytes())
-    if key not in gathered:
+    if key not in shared:
         index = constant(graph, f"{op.name}.order", order.astype(np.int64))
         node = ir.node("Gather", [linear.x, index], {"axis": -1}, name=f"{op.name}/order")
         node.outputs[0].shape, node.outputs[0].type = linear.x.shape, linear.x.type
         graph.insert_before(linear.matmul, node)
-        gathered[key] = node.outputs[0]
-    return gathered[key]
+        shared[key] = node.outputs[0]
+    return shared[key]
+
+
+def _add_offset(
+    graph: ir.Graph,
+    linear: Linear,
+    op: OpPlan,
+    x: ir.Value,
+    shared: dict[tuple[ir.Value, object], ir.Value],
+) -> None:
+    """What the offsets of a block add: the sum of its activations, times each."""
+    weight = op.weight
+    if weight is None or weight.offset is None:
+        return
+    size = weight.block_size
+    key = (x, size)
+    tape = ir.tape.Tape()
+    if key not in shared:
+        assert x.shape is not None and size is not None
+        axes = [*[0] * (len(x.shape) - 1), -1, size]
+        shape = shared_constant(graph, "blocks", np.array(axes, np.int64))
+        last = shared_constant(graph, "axis", np.array([-1], np.int64))
+        blocks = tape.op("Reshape", [x, shape])
+        shared[key] = tape.op("ReduceSum", [blocks, last], {"keepdims": 0})
+    offset = constant(graph, f"{op.name}.weight_offset", weight.offset)
+    product = linear.matmul.outputs[0]
+    added = tape.op("MatMul", [shared[key], offset])
+    result = tape.op("Add", [product, added])
+    result.shape, result.type = product.shape, product.type
+    for at, node in enumerate(tape.nodes):
+        node.name = f"{op.name}/offset/{at}/{node.op_type}"
+    is_output = product.is_graph_output()
+    product.replace_all_uses_with(result, replace_graph_outputs=is_output)
+    result.producer().replace_input_with(0, product)  # type: ignore[union-attr]
+    graph.insert_after(linear.matmul, list(tape.nodes))
+    if is_output:
+        result.name, product.name = product.name, f"{product.name}/codes"
 
 
 def _quantize_weight(graph: ir.Graph, linear: Linear, op: OpPlan, x_hat: ir.Value) -> None:

@@ -69,6 +69,8 @@ class QuantizedWeight:
         zero_point: int8 of the shape of `scale`, the codes of zero; None: they are zeros.
         order: int64 [K], the input channel of every row of `codes`; None: as they come. What groups
             channels by importance (GPTQ's act-order) stores them in blocks of another order.
+        offset: float32 of the shape of `scale`, in blocks that divide K: what is added to every
+            weight of a block, for formats whose zero is no code (GGUF's Q4_K); None: nothing.
     """
 
     codes: Array
@@ -77,6 +79,7 @@ class QuantizedWeight:
     bits: int = 8
     zero_point: Array | None = None
     order: Array | None = None
+    offset: Array | None = None
 
     def dequantized(self) -> Array:
         """The float32 weight [K, N] that the codes stand for, rows in the order of the input."""
@@ -84,6 +87,8 @@ class QuantizedWeight:
         if self.zero_point is not None:
             result -= self._of_rows(self.zero_point)
         result *= self._of_rows(self.scale)
+        if self.offset is not None:
+            result += self._of_rows(self.offset)
         return result if self.order is None else result[np.argsort(self.order)]
 
     def _of_rows(self, values: Array) -> Array:

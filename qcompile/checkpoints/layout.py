@@ -33,6 +33,7 @@ def in_blocks(
     bits: int,
     group: int,
     order: Array | None = None,
+    offset: Array | None = None,
 ) -> QuantizedWeight:
     """Codes in groups of input channels as blocks of a size that the kernels take.
 
@@ -46,6 +47,7 @@ def in_blocks(
         bits: of a code, 4 or 8.
         group: input channels that share a scale; the last group may be short.
         order: see `QuantizedWeight`.
+        offset: float32, of the shape of `scale`, or None; see `QuantizedWeight`.
 
     Raises:
         ModelError: shapes that do not go together, or groups that no block size divides.
@@ -72,6 +74,7 @@ def in_blocks(
         bits=bits,
         zero_point=points if points.any() else None,
         order=order,
+        offset=offset[of_block] if offset is not None and offset.any() else None,
     )
 
 

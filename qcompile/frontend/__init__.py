@@ -76,6 +76,6 @@ def source_name(source: Source) -> str:
     if _FACTORY.search(text):
         file, _, function = text.rpartition(":")
         return f"{Path(file).stem}-{function}"
-    if text.endswith(".onnx"):
+    if text.endswith((".onnx", ".gguf")):
         return Path(text).stem
     return Path(text).resolve().name if Path(text).exists() else text.rsplit("/", 1)[-1]

@@ -18,6 +18,7 @@ from qcompile.checkpoints import Checkpoint, quantization_settings
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, ModelError, QcompileError
 from qcompile.frontend.export import check_finite_weights, export_module
+from qcompile.frontend.gguf import is_gguf, load_gguf, load_gguf_tokenizer, read_gguf_config
 from qcompile.frontend.quantized import load_quantized
 from qcompile.traced import Kind, TracedModel
 
@@ -51,7 +52,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
     """Load, check and trace a Transformers model.
 
     Args:
-        source: a folder in Hugging Face form, or a hub id.
+        source: a folder in Hugging Face form, a hub id, or a .gguf file.
         config: task, opset, trust_remote_code.
         work: folder for the traced graph.
 
@@ -61,7 +62,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         ConfigError: a task that does not exist or that qcompile does not compile.
     """
     hf_config = _read_config(source, config.trust_remote_code)
-    task = config.task or _infer_task(hf_config)
+    task = config.task or ("text-generation" if is_gguf(source) else _infer_task(hf_config))
     if task not in _TASKS:
         raise ConfigError(
             f"task {task!r} is not one that qcompile compiles",
@@ -88,7 +89,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         tensor.data = torch.empty(0)
     return TracedModel(
         ir=graph,
-        name=Path(source).name if Path(source).exists() else source.rsplit("/", 1)[-1],
+        name=_name(source),
         task=task,
         kind=kind,
         tokenizer=tokenizer,
@@ -97,6 +98,12 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         bos_token_id=_token_id(hf_config.bos_token_id),
         checkpoint=checkpoint,
     )
+
+
+def _name(source: str) -> str:
+    if not Path(source).exists():
+        return source.rsplit("/", 1)[-1]
+    return Path(source).stem if is_gguf(source) else Path(source).name
 
 
 class _OneOutput(torch.nn.Module):
@@ -147,6 +154,8 @@ def find_assets(folder: Path) -> tuple[Path, ...]:
 
 def _read_config(source: str, trust: bool) -> Any:
     folder = Path(source)
+    if is_gguf(source):
+        return _guarded(source, read_gguf_config, source)
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{source} is neither a model folder nor an .onnx file")
     if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
@@ -188,7 +197,9 @@ def _load_weights(
 ) -> tuple[Any, Checkpoint | None]:
     auto_class = TasksManager.get_model_class_for_task(task)
     settings, checkpoint = quantization_settings(Path(source)), None
-    if settings:
+    if is_gguf(source):
+        module, info, checkpoint = _guarded(source, load_gguf, source, auto_class)
+    elif settings:
         module, info, checkpoint = _guarded(
             source, load_quantized, Path(source), hf_config, auto_class, settings, trust
         )
@@ -215,6 +226,8 @@ def _load_weights(
 
 def _load_tokenizer(source: str, trust: bool) -> Any:
     folder = Path(source)
+    if is_gguf(source):
+        return _guarded(source, load_gguf_tokenizer, source)
     if folder.is_dir() and not any(
         p.name.startswith(("tokenizer", "vocab")) for p in folder.iterdir()
     ):

@@ -14,9 +14,14 @@ def shipped_weights(folder: Path) -> dict[str, np.ndarray]:
     Input channels are put back where a Gather before the op takes them from.
     """
     found = {}
-    for node in ir.load(folder / "model.onnx").graph:
+    graph = ir.load(folder / "model.onnx").graph
+    for node in graph:
         if node.op_type == "MatMulNBits":
             found[str(node.name)] = _weight(node)
+            offset = _array(graph.initializers.get(f"{node.name}.weight_offset"))
+            if offset is not None:
+                size = node.attributes.get_int("block_size", 0)
+                found[str(node.name)] += np.repeat(offset.T, size, axis=1)
     return found
 
 
