@@ -159,6 +159,10 @@ def _compile(
         with phases.phase("plan"):
             plan, notes = keep_plan(find_sites(graph.graph), model.checkpoint, target)
         PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
+    elif model.checkpoint is not None:
+        notes.append(
+            f"{model.checkpoint.description}: its codes are dequantised, as the scheme says"
+        )
     elif scheme.quantizes:
         sites = find_sites(graph.graph)
         replayed = PlanFile.read(config.plan_in) if config.plan_in else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,17 +63,8 @@ def test_groups_are_stored_in_blocks_that_divide_them(model: Any, tmp_path: Path
     assert_read_exactly(packed)
 
 
-@pytest.mark.parametrize(
-    ("pack", "options", "says"),
-    [
-        (packers.gptq, {"act_order": True}, "GPTQ, 4 bit, groups of 32, act-order"),
-        (packers.awq, {"group": 64}, "AWQ, 4 bit, groups of 64"),
-    ],
-)
-def test_what_ships_is_the_checkpoint(
-    model: Any, tmp_path: Path, pack: Callable[..., packers.Packed], options: Any, says: str
-) -> None:
-    packed = pack(tmp_path / "model", model, **options)
+def test_what_ships_is_the_checkpoint(model: Any, tmp_path: Path) -> None:
+    packed = packers.gptq(tmp_path / "model", model, act_order=True)
     artifact = qcompile.compile(packed.path, config=SMALL, output=tmp_path / "out")
     shipped = shipped_weights(artifact.path)
     assert shipped.keys() == packed.weights.keys()
@@ -84,7 +74,7 @@ def test_what_ships_is_the_checkpoint(
     assert report.scheme == "checkpoint" and report.accuracy["kl"] < 0.05
     reasons = {op.name: op.reason for op in report.ops}
     assert reasons.pop("lm_head") == "float in the checkpoint"
-    assert set(reasons.values()) == {f"from the checkpoint: {says}"}
+    assert set(reasons.values()) == {"from the checkpoint: GPTQ, 4 bit, groups of 32, act-order"}
 
 
 Change = Callable[[packers.Tensors], object]
@@ -199,4 +189,16 @@ def test_the_scheme_is_the_checkpoints_own(model: Any, tmp_path: Path, tiny_opt:
         qcompile.compile(packed.path, scheme="w8a8", output=tmp_path / "out")
     with pytest.raises(qcompile.ConfigError, match="is for a source that is quantised already"):
         qcompile.compile(tiny_opt, scheme="checkpoint", output=tmp_path / "out")
-    shutil.rmtree(packed.path)
+    for options in ({"recipe": {"*": "float"}}, {"objective": "size"}):
+        config = qcompile.CompileConfig(**options)
+        with pytest.raises(qcompile.ConfigError, match="leaves nothing to choose"):
+            qcompile.compile(packed.path, config=config, output=tmp_path / "out")
+
+
+def test_fp32_is_the_dequantised_model(model: Any, tmp_path: Path) -> None:
+    packed = packers.gptq(tmp_path / "model", model, act_order=True)
+    report = qcompile.compile(
+        packed.path, scheme="fp32", config=SMALL, output=tmp_path / "out"
+    ).report
+    assert {op.precision for op in report.ops} == {"float"}
+    assert any("its codes are dequantised" in line for line in report.warnings)
