@@ -130,6 +130,16 @@ def cli() -> None:
     help="With --cache: of a prompt, the last token's logits only; pad batches on the left.",
 )
 @click.option(
+    "--adapter", type=click.Path(path_type=Path), help="Folder of a PEFT adapter (LoRA) for MODEL."
+)
+@click.option(
+    "--keep-adapter",
+    "adapter_mode",
+    flag_value="keep",
+    default="merge",
+    help="Keep it beside the weights, in float.  [default: merge it into them]",
+)
+@click.option(
     "--strict/--no-strict",
     default=True,
     help="Fail where verification does not hold, or only report it.  [default: strict]",

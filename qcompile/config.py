@@ -14,6 +14,7 @@ import yaml
 from qcompile.errors import ConfigError
 
 Activations: TypeAlias = Literal["static", "dynamic", "token"]
+AdapterMode: TypeAlias = Literal["merge", "keep"]
 Objective: TypeAlias = Literal["latency", "size", "accuracy", "scheme"]
 RangeMethod: TypeAlias = Literal["minmax", "percentile", "entropy", "mse"]
 Smooth: TypeAlias = Annotated[
@@ -67,6 +68,10 @@ class Recipe(_Frozen):
                 merged.update(rule.model_dump(exclude_none=True))
         # Unchecked: what is without effect in one rule may come of two that overlap.
         return SiteRule.model_construct(**merged)
+
+    def before(self, other: Recipe) -> Recipe:
+        """The rules of `other`, then these."""
+        return Recipe(rules=(*other.rules, *self.rules))
 
     def names(self, precision: str) -> bool:
         """Whether a rule gives `precision` to any module."""
@@ -150,6 +155,9 @@ class CompileConfig(_Frozen):
             its graph gives the logits of every position at once. None: as the scheme has it.
         last_logits: with a cache, the graph gives the logits of the last column only, which in a
             batch that is padded on the right is padding: nothing detects that.
+        adapter: folder of a PEFT adapter (LoRA) for a Transformers model.
+        adapter_mode: ``merge`` it into the weights before they are quantised, or ``keep`` it beside
+            them in float.
         strict: a verification that does not hold is an error, not only a line in the report.
 
     Raises:
@@ -176,6 +184,8 @@ class CompileConfig(_Frozen):
     shapes: tuple[Shape, ...] = ()
     cache: bool | None = None
     last_logits: bool = False
+    adapter: Path | None = None
+    adapter_mode: AdapterMode = "merge"
     strict: bool = True
 
     @pydantic.field_validator("recipe", mode="before")
@@ -214,6 +224,12 @@ class CompileConfig(_Frozen):
                 )
         if self.objective == "scheme" and self.costs is not None:
             raise ValueError("objective scheme measures nothing, so costs have no effect")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _adapter_mode_has_effect(self) -> CompileConfig:
+        if self.adapter is None and self.adapter_mode != "merge":
+            raise ValueError("there is no adapter to keep")
         return self
 
     @pydantic.model_validator(mode="after")

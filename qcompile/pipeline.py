@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
@@ -20,7 +20,7 @@ from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
 from qcompile.choosing import decide, scheme_choice
-from qcompile.config import CompileConfig
+from qcompile.config import CompileConfig, Recipe
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
 from qcompile.keeping import keep_plan
@@ -55,6 +55,9 @@ from qcompile.targets import Target, get_target
 from qcompile.traced import TracedModel
 from qcompile.trying import Applied, keep_within, tried_kl
 from qcompile.verify import measure_sqnr, verify
+
+KEPT_ADAPTER: Final = Recipe.from_mapping({"*.lora_[AB].*": "float"})
+"""Adapters that are kept are kept in float; a user's recipe may say otherwise."""
 
 
 def canonicalize(kept: Collection[str] = ()) -> list[ir.passes.InPlacePass]:
@@ -146,6 +149,8 @@ def _compile(
     # Calibration and plans are of the graph without a cache: the same sites, the same weights.
     planned_path = lowered((), target.floats, work / "planned.onnx") if cached else baseline_path
 
+    if config.adapter_mode == "keep":
+        config = config.model_copy(update={"recipe": config.recipe.before(KEPT_ADAPTER)})
     with phases.phase("data") as step:
         data = _calibration_data(calibration, model, config, scheme, work, step)
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])

@@ -62,6 +62,10 @@ def quantized_by(source: object) -> str | None:
     path = Path(source)
     if path.suffix == ".gguf":
         return "GGUF"
+    if path.suffix == ".onnx":
+        from qcompile.frontend.qdq import file_has_scales
+
+        return "Q/DQ nodes" if file_has_scales(path) else None
     settings = quantization_settings(path)
     return str(settings.get("quant_method", "an unknown method")) if settings else None
 

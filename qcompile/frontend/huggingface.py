@@ -17,6 +17,7 @@ from optimum.exporters.tasks import TasksManager
 from qcompile.checkpoints import Checkpoint, quantization_settings
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, ModelError, QcompileError
+from qcompile.frontend.adapter import add_adapter
 from qcompile.frontend.export import check_finite_weights, export_module
 from qcompile.frontend.gguf import is_gguf, load_gguf, load_gguf_tokenizer, read_gguf_config
 from qcompile.frontend.quantized import load_quantized
@@ -70,6 +71,8 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         )
     output, kind = _TASKS[task]
     module, checkpoint = _load_weights(source, task, hf_config, config.trust_remote_code)
+    if config.adapter is not None:
+        module, checkpoint = add_adapter(module, checkpoint, config.adapter, config.adapter_mode)
     check_finite_weights(module)
     tokenizer = _load_tokenizer(source, config.trust_remote_code)
     max_length = _max_length(module)
