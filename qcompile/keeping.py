@@ -79,7 +79,12 @@ def keep_plan(
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         notes.append(f"no Linear of the graph for the codes of {left[0]}{more}: float there")
-    notes += [f"{op.name}: {op.reason}" for op in ops if ";" in op.reason]
+    other = [op for op in ops if ";" in op.reason]
+    if other:
+        notes.append(
+            f"{len(other)} ops are not computed as the checkpoint has them; the first, "
+            f"{other[0].name}: {other[0].reason}"
+        )
     return PrecisionPlan(tuple(site_plans), tuple(ops), target.floats), notes
 
 
@@ -106,7 +111,7 @@ def _label(
     reason = f"from the checkpoint: {checkpoint.description}"
     by_weight = _NAMES[weight.bits]
     if target.capability("MatMul", by_weight) is None:
-        return "float", f"{target.name} has no kernel for {by_weight}; dequantised"
+        return "float", f"{reason}; {target.name} has no kernel for {by_weight}, so dequantised"
     activation = checkpoint.activations.get(_stored_name(linear.name))
     if activation is None:
         return by_weight, reason

@@ -68,8 +68,9 @@ def test_activations_are_quantised_where_the_kernel_takes_the_codes() -> None:
     labels, notes = planned(both, {"a": TOKEN, "b": TOKEN}, OrtCpu("avx2"))
     assert labels == {"a": "weight8", "b": "token"}
     assert notes == [
-        f"a: from the checkpoint: a test; {K // 2 * N} pairs of codes could saturate the INT8 "
-        "kernel, so weight8 with the same codes"
+        "1 ops are not computed as the checkpoint has them; the first, a: from the checkpoint: "
+        f"a test; {K // 2 * N} pairs of codes could saturate the INT8 kernel, so weight8 with the "
+        "same codes"
     ]
 
 
