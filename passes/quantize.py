@@ -24,7 +24,8 @@ class Quantize(ir.passes.InPlacePass):
     and each planned MatMul reads ``DequantizeLinear(codes, scale, axis=1)`` for its weight, or
     ``DequantizeLinear(codes, scale, axis=0, block_size)`` where its scales are per block, with zero
     points where it has some; an op of weight-only precision goes on reading x, its channels
-    gathered in the order of the codes where that is another. Outlier channels that are split are
+    gathered in the order of the codes where that is another, and the sum of a block's activations
+    times the block's offset is added where it has one. Outlier channels that are split are
     gathered as often as they are copied, shifted, quantised by a coarser scale and appended. The
     result is a valid ONNX model that any runtime computes; a target replaces it by kernels.
     """

@@ -13,6 +13,7 @@ from qcompile.linears import Linear, Site
 from qcompile.planning import weight_of
 from qcompile.precision import (
     ActivationQuant,
+    Choice,
     Label,
     OpPlan,
     PrecisionPlan,
@@ -48,30 +49,29 @@ def keep_plan(
     placed: set[str] = set()
     for site in sites:
         kept = {linear.name: _kept(linear, checkpoint) for linear in site.linears}
-        labels = {
-            linear.name: _label(linear, kept[linear.name], checkpoint, target)
+        chosen = {
+            linear.name: _choice(linear, kept[linear.name], checkpoint, target)
             for linear in site.linears
         }
-        quantised = _site_plan(site, labels, checkpoint)
+        quantised = _site_plan(site, chosen, checkpoint)
         if quantised is not None:
             site_plans.append(quantised)
         for linear in site.linears:
-            label, reason = labels[linear.name]
-            weight = kept[linear.name]
+            choice, weight = chosen[linear.name], kept[linear.name]
             if weight is not None:
                 placed.add(_stored_name(linear.name))
-            if label in ("static", "token") and weight is not None:
-                weight = _per_channel(weight)
+                if choice.mode is not None:
+                    weight = _per_channel(weight)
             ops.append(
                 OpPlan(
                     name=linear.name,
                     site=site.name,
-                    precision="int8" if label in ("static", "token") else label,  # type: ignore[arg-type]
-                    reason=reason,
+                    precision=choice.precision,
+                    reason=choice.reason,
                     in_features=linear.in_features,
                     out_features=linear.out_features,
                     output=str(linear.output.name),
-                    weight=weight if label != "float" else None,
+                    weight=weight if choice.label != "float" else None,
                 )
             )
     left = [name for name in checkpoint.weights if name not in placed]
@@ -102,23 +102,24 @@ def _kept(linear: Linear, checkpoint: Checkpoint) -> QuantizedWeight | None:
     return weight
 
 
-def _label(
+def _choice(
     linear: Linear, weight: QuantizedWeight | None, checkpoint: Checkpoint, target: Target
-) -> tuple[Label, str]:
+) -> Choice:
     """What computes `linear`, and why."""
     if weight is None:
-        return "float", "float in the checkpoint"
+        return Choice("float", "float in the checkpoint")
     reason = f"from the checkpoint: {checkpoint.description}"
     by_weight = _NAMES[weight.bits]
     if target.capability("MatMul", by_weight) is None:
-        return "float", f"{reason}; {target.name} has no kernel for {by_weight}, so dequantised"
+        missing = f"{target.name} has no kernel for {by_weight}, so dequantised"
+        return Choice("float", f"{reason}; {missing}")
     activation = checkpoint.activations.get(_stored_name(linear.name))
     if activation is None:
-        return by_weight, reason
+        return Choice(by_weight, reason)
     obstacle = _int8_obstacle(linear, weight, activation, target)
     if obstacle is None:
-        return activation.mode, reason
-    return by_weight, f"{reason}; {obstacle}, so {by_weight} with the same codes"
+        return Choice(activation.mode, reason)
+    return Choice(by_weight, f"{reason}; {obstacle}, so {by_weight} with the same codes")
 
 
 def _int8_obstacle(
@@ -148,9 +149,7 @@ def _per_channel(weight: QuantizedWeight) -> QuantizedWeight | None:
     return QuantizedWeight(codes=weight.codes, scale=weight.scale[0])
 
 
-def _site_plan(
-    site: Site, labels: dict[str, tuple[Label, str]], checkpoint: Checkpoint
-) -> SitePlan | None:
+def _site_plan(site: Site, chosen: dict[str, Choice], checkpoint: Checkpoint) -> SitePlan | None:
     """The one activation of the Linears of `site` that read it in INT8; others get weights alone.
 
     Linears that want it otherwise than the first of them are given to the other kernel, in place.
@@ -158,8 +157,8 @@ def _site_plan(
     first: StoredActivation | None = None
     names = []
     for linear in site.linears:
-        label, reason = labels[linear.name]
-        if label not in ("static", "token"):
+        choice = chosen[linear.name]
+        if choice.mode is None:
             continue
         wanted = checkpoint.activations[_stored_name(linear.name)]
         first = first or wanted
@@ -167,7 +166,7 @@ def _site_plan(
             names.append(linear.name)
         else:
             other = "; its activation has another scale beside it, so weight8 with the same codes"
-            labels[linear.name] = ("weight8", reason + other)
+            chosen[linear.name] = Choice("weight8", choice.reason + other)
     if first is None:
         return None
     static = first.mode == "static"

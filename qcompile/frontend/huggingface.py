@@ -207,6 +207,11 @@ def _load_weights(
             source, load_quantized, Path(source), hf_config, auto_class, settings, trust
         )
     else:
+        if getattr(hf_config, "quantization_config", None):
+            raise ModelError(
+                f"{source} is quantised already, and such models are read from a folder",
+                hint=f"hf download {source} --local-dir DIR",
+            )
         module, info = _guarded(
             source,
             auto_class.from_pretrained,
