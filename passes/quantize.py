@@ -116,12 +116,17 @@ def _add_offset(
         shape = shared_constant(graph, "blocks", np.array(axes, np.int64))
         last = shared_constant(graph, "axis", np.array([-1], np.int64))
         blocks = tape.op("Reshape", [x, shape])
-        shared[key] = tape.op("ReduceSum", [blocks, last], {"keepdims": 0})
+        sums = tape.op("ReduceSum", [blocks, last], {"keepdims": 0})
+        sums.shape = ir.Shape([*x.shape[:-1], len(weight.offset)])
+        blocks.shape = ir.Shape([*sums.shape, size])
+        blocks.type = sums.type = x.type
+        shared[key] = sums
     offset = constant(graph, f"{op.name}.weight_offset", weight.offset)
     product = linear.matmul.outputs[0]
     added = tape.op("MatMul", [shared[key], offset])
     result = tape.op("Add", [product, added])
-    result.shape, result.type = product.shape, product.type
+    for value in (added, result):
+        value.shape, value.type = product.shape, product.type
     for at, node in enumerate(tape.nodes):
         node.name = f"{op.name}/offset/{at}/{node.op_type}"
     is_output = product.is_graph_output()
