@@ -69,14 +69,15 @@ def pack_zero_points(zero_point: npt.NDArray[Any], bits: int) -> npt.NDArray[np.
 
 
 def _unsigned(codes: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
-    shifted: npt.NDArray[np.uint8] = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
-    return shifted
+    shifted = codes.astype(np.int16) + (1 << (bits - 1))
+    unsigned: npt.NDArray[np.uint8] = shifted.astype(np.uint8)
+    return unsigned
 
 
 def _halves(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Two 4-bit codes a byte, the first in its low half."""
-    halves: npt.NDArray[Any] = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return halves
+    packed: npt.NDArray[np.uint8] = (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8)
+    return packed
 
 
 def _lower(graph: ir.Graph, matmul: ir.Node, accuracy_level: int) -> bool:

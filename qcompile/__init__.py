@@ -68,8 +68,8 @@ def compile(
         QcompileError: what cannot be done, in one sentence; nothing is left at `output` then.
     """
     # Imported here: `import qcompile` and `qcompile --help` need none of what compiling needs.
+    from qcompile.checkpoints.scheme import choose_scheme
     from qcompile.pipeline import compile_model
-    from qcompile.schemes import choose_scheme
 
     scheme = choose_scheme(model, scheme)
     folder = Path(output) if output is not None else default_output(model, target, scheme)

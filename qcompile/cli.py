@@ -163,8 +163,8 @@ def compile_command(
     **options: Any,
 ) -> None:
     """Compile MODEL: a Hugging Face folder or hub id, an .onnx file, or path/file.py:factory."""
+    from qcompile.checkpoints.scheme import choose_scheme
     from qcompile.config import CompileConfig, Recipe, parse_size, parse_smooth
-    from qcompile.schemes import choose_scheme
     from qcompile.shapes import parse_shapes
     from qcompile.staging import check_output
     from qcompile.targets import get_target

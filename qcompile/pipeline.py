@@ -19,6 +19,7 @@ from qcompile.calibration.data import CalibrationData, check_calibration_path, l
 from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
+from qcompile.checkpoints.scheme import choose_scheme
 from qcompile.choosing import decide, scheme_choice
 from qcompile.config import CompileConfig, Recipe
 from qcompile.errors import ConfigError, VerificationError
@@ -45,7 +46,7 @@ from qcompile.precision import Choice, Floats, PrecisionPlan
 from qcompile.progress import Phases, Step
 from qcompile.report import Report
 from qcompile.reporting import make_report, site_rows
-from qcompile.schemes import Scheme, choose_scheme, get_scheme
+from qcompile.schemes import Scheme, get_scheme
 from qcompile.session import open_session
 from qcompile.shapes import check_shapes, default_shapes, prompt_length, timing_feeds
 from qcompile.smoothing import SmoothingPlan, plan_smoothing

@@ -59,7 +59,7 @@ class ActivationQuant:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes per output channel or block of input channels: ``W ≈ (codes − zero_point) * scale``.
+    """Codes per output channel, or in blocks of inputs: ``W ≈ (codes − zero_point) · scale``.
 
     Attributes:
         codes: int8 [K, N]; K counts the copies of outlier channels.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Final
 
-from qcompile.checkpoints import quantized_by
 from qcompile.config import Activations
 from qcompile.errors import ConfigError
 from qcompile.precision import MODES, Floats, Label
@@ -88,28 +87,3 @@ def get_scheme(name: str) -> Scheme:
         hint = f"one of {', '.join(SCHEMES)}; {' or '.join(CACHES)} may follow"
         raise ConfigError(f"unknown scheme {name!r}", hint=hint)
     return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix))
-
-
-def choose_scheme(source: object, asked: str | None) -> str:
-    """The name of the scheme for `source`: what was asked for, or what fits it.
-
-    Args:
-        source: as `qcompile.frontend.load` takes it.
-        asked: a name, or None.
-
-    Raises:
-        ConfigError: there is none of that name, it would round codes a second time, or there are no
-            codes to keep.
-    """
-    by = quantized_by(source)
-    if asked is None:
-        return DEFAULT if by is None else KEPT
-    scheme = get_scheme(asked)
-    if by is None and scheme.keeps:
-        raise ConfigError(f"scheme {asked} is for a source that is quantised already: not {source}")
-    if by is not None and scheme.quantizes and not scheme.keeps:
-        raise ConfigError(
-            f"{source} is quantised already, by {by}, and {asked} would round it a second time",
-            hint="leave the scheme out; fp32 gives the dequantised model",
-        )
-    return asked
