@@ -135,6 +135,8 @@ def test_custom_code_is_not_run(run_cli: RunCli, model: Path, tmp_path: Path) ->
         (["--smooth", "on"], "smooth: 'on'"),
         (["--smooth", "2"], "smooth"),
         (["--samples", "0"], "samples"),
+        (["--keep-adapter"], "there is no adapter to keep"),
+        (["--scheme", "checkpoint"], "is for a source that is quantised already"),
         (["--seq-len", "1"], "seq_len"),
         (["--opset", "12"], "opset"),
         (["--seed", "-1"], "seed"),

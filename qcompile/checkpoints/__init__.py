@@ -6,17 +6,10 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from qcompile.config import Activations
 from qcompile.precision import QuantizedWeight
-
-FORMATS: Final[Mapping[str, str]] = {
-    "gptq": "GPTQ",
-    "awq": "AWQ",
-    "compressed-tensors": "compressed-tensors",
-}
-"""What ``quant_method`` of a folder can be, and what it is called."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from qcompile.checkpoints import FORMATS, Checkpoint, StoredActivation, awq, compressed, gptq
+from qcompile.checkpoints import Checkpoint, StoredActivation, awq, compressed, gptq
 from qcompile.checkpoints.folder import TensorFolder
 from qcompile.errors import ModelError
 
@@ -33,7 +33,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> tuple[Checkpoint, 
     if reader is None:
         raise ModelError(
             f"{folder} is quantised by {method}, which is not read",
-            hint=f"{', '.join(FORMATS.values())} and GGUF are",
+            hint="GPTQ, AWQ, compressed-tensors and GGUF are",
         )
     description = reader.check(settings)
     tensors = TensorFolder(folder)
