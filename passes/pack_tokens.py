@@ -120,7 +120,12 @@ def _works_on_rows(
         return False
     rank = len(dims)
     if is_op(node, "Gather"):
-        return node.attributes.get_int("axis", 0) == 0 and by_row == [False, True]
+        axis = node.attributes.get_int("axis", 0)
+        channels = axis in (-1, rank - 1) and rank > 2 and by_row == [True, False]
+        return channels or (axis == 0 and by_row == [False, True])
+    if is_op(node, "Reshape", "ReduceSum"):
+        # Channels in blocks, and what is summed of them.
+        return by_row == [True, False] and _keeps_rows(node, rank)
     if is_op(node, "MatMul"):
         other = node.inputs[1]
         return by_row == [True, False] and other is not None and len(other.shape or ()) == 2
@@ -135,6 +140,15 @@ def _works_on_rows(
         for value in node.inputs
         if value is not None
     )
+
+
+def _keeps_rows(node: ir.Node, rank: int) -> bool:
+    """Whether the constant of a Reshape or a ReduceSum says that it is about channels alone."""
+    constants = node.inputs[1].const_value if node.inputs[1] is not None else None
+    numbers = constants.numpy().tolist() if constants is not None else []
+    if node.op_type == "Reshape":
+        return rank > 2 and numbers[:2] == [0, 0]
+    return rank > 2 and numbers == [-1] and not node.attributes.get_int("keepdims", 1)
 
 
 def _same_for_all(value: ir.Value, rank: int) -> bool:

@@ -53,7 +53,10 @@ def cli() -> None:
 @cli.command("compile", short_help="Compile MODEL (the default command).")
 @click.argument("model")
 @click.option("--target", default="ort-cpu", show_default=True, help="See `qcompile targets`.")
-@click.option("--scheme", default="w8a8", show_default=True, help="See `qcompile schemes`.")
+@click.option(
+    "--scheme",
+    help="See `qcompile schemes`.  [default: w8a8, or what a quantised checkpoint holds]",
+)
 @click.option(
     "-o",
     "--output",
@@ -127,6 +130,16 @@ def cli() -> None:
     help="With a cache: of a prompt, the last token's logits only.",
 )
 @click.option(
+    "--adapter", type=click.Path(path_type=Path), help="Folder of a PEFT adapter (LoRA) for MODEL."
+)
+@click.option(
+    "--keep-adapter",
+    "adapter_mode",
+    flag_value="keep",
+    default="merge",
+    help="Keep it beside the weights, in float.  [default: merge it into them]",
+)
+@click.option(
     "--strict/--no-strict",
     default=True,
     help="Fail where verification does not hold, or only report it.  [default: strict]",
@@ -137,7 +150,7 @@ def cli() -> None:
 def compile_command(
     model: str,
     target: str,
-    scheme: str,
+    scheme: str | None,
     output: Path | None,
     calibration: str | None,
     recipe: Path | None,
@@ -150,8 +163,8 @@ def compile_command(
     **options: Any,
 ) -> None:
     """Compile MODEL: a Hugging Face folder or hub id, an .onnx file, or path/file.py:factory."""
+    from qcompile.checkpoints.scheme import choose_scheme
     from qcompile.config import CompileConfig, Recipe, parse_size, parse_smooth
-    from qcompile.schemes import get_scheme
     from qcompile.shapes import parse_shapes
     from qcompile.staging import check_output
     from qcompile.targets import get_target
@@ -165,7 +178,7 @@ def compile_command(
     )
     # What can be known to be wrong without the model is said before torch is imported.
     get_target(target)
-    get_scheme(scheme)
+    scheme = choose_scheme(model, scheme)
     from qcompile import default_output
 
     folder = output or default_output(model, target, scheme)
@@ -209,9 +222,9 @@ def schemes_command() -> None:
     from qcompile.schemes import CACHES, SCHEMES
 
     for scheme in SCHEMES.values():
-        click.echo(f"{scheme.name:8} {scheme.summary}")
+        click.echo(f"{scheme.name:10} {scheme.summary}")
     for suffix, bits in CACHES.items():
-        click.echo(f"…{suffix:7} any of these, keys and values kept in {bits} bits")
+        click.echo(f"…{suffix:9} any of these, keys and values kept in {bits} bits")
 
 
 @cli.command("inspect", short_help="Show an artifact's plan per op.")

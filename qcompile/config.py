@@ -14,6 +14,7 @@ import yaml
 from qcompile.errors import ConfigError
 
 Activations: TypeAlias = Literal["static", "dynamic", "token"]
+AdapterMode: TypeAlias = Literal["merge", "keep"]
 Objective: TypeAlias = Literal["latency", "size", "accuracy", "scheme"]
 RangeMethod: TypeAlias = Literal["minmax", "percentile", "entropy", "mse"]
 Smooth: TypeAlias = Annotated[
@@ -77,6 +78,10 @@ class Recipe(_Frozen):
     def codes(self) -> bool:
         """Whether a rule asks for codes of activations, whatever the scheme."""
         return any(rule.coded for _, rule in self.rules)
+
+    def before(self, other: Recipe) -> Recipe:
+        """The rules of `other`, then these."""
+        return Recipe(rules=(*other.rules, *self.rules))
 
     def unmatched(self, paths: list[str]) -> list[str]:
         """Globs that match none of `paths`: almost always a spelling mistake."""
@@ -155,6 +160,9 @@ class CompileConfig(_Frozen):
         cache: a causal language model keeps its keys and values, so that it generates; without,
             its graph gives the logits of every position at once. None: as the scheme has it.
         last_logits: with a cache, the graph gives the logits of each row's last token only.
+        adapter: folder of a PEFT adapter (LoRA) for a Transformers model.
+        adapter_mode: ``merge`` it into the weights before they are quantised, or ``keep`` it beside
+            them in float.
         strict: a verification that does not hold is an error, not only a line in the report.
 
     Raises:
@@ -181,6 +189,8 @@ class CompileConfig(_Frozen):
     shapes: tuple[Shape, ...] = ()
     cache: bool | None = None
     last_logits: bool = False
+    adapter: Path | None = None
+    adapter_mode: AdapterMode = "merge"
     strict: bool = True
 
     @pydantic.field_validator("recipe", mode="before")
@@ -219,6 +229,12 @@ class CompileConfig(_Frozen):
                 )
         if self.objective == "scheme" and self.costs is not None:
             raise ValueError("objective scheme measures nothing, so costs have no effect")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _adapter_mode_has_effect(self) -> CompileConfig:
+        if self.adapter is None and self.adapter_mode != "merge":
+            raise ValueError("there is no adapter to keep")
         return self
 
     # Last, so that it sees what the other validators refuse.

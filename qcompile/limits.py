@@ -75,6 +75,15 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
                 raise ConfigError(
                     f"scheme {scheme.name} quantises no activations, so {field} has no effect"
                 )
+    if scheme.keeps:
+        chooses = [name for name in ("plan_in", "costs") if getattr(config, name) is not None]
+        chooses += ["recipe"] if config.recipe.rules else []
+        chooses += [config.objective] if config.objective in ("size", "accuracy") else []
+        if chooses:
+            raise ConfigError(
+                f"a checkpoint that is quantised already leaves nothing to choose, so {chooses[0]} "
+                "has no effect"
+            )
     asked = [name for name in config.plans if name not in ("plan_in", "plan_out")]
     if config.objective not in ("latency", "scheme"):
         asked.append(f"objective {config.objective}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
@@ -20,11 +20,13 @@ from qcompile.calibration.data import CalibrationData, check_calibration_path, l
 from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
+from qcompile.checkpoints.scheme import choose_scheme
 from qcompile.choosing import decide, scheme_choice
-from qcompile.config import CompileConfig
+from qcompile.config import CompileConfig, Recipe
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
 from qcompile.joining import plan_joins
+from qcompile.keeping import keep_plan
 from qcompile.last import keep_last
 from qcompile.limits import (
     broken_limits,
@@ -66,16 +68,26 @@ from qcompile.traced import TracedModel
 from qcompile.trying import Applied, keep_within, tried_kl
 from qcompile.verify import measure_sqnr, verify
 
-CANONICALIZE: tuple[type[ir.passes.InPlacePass], ...] = (
-    NameFixPass,
-    FuseLayerNorm,
-    FuseRmsNorm,
-    FuseGelu,
-    FuseAttention,
-    AttentionTo3D,
-    CanonicalLinear,
-)
-"""The few standard forms that every later phase matches. A new pass is one more line here."""
+KEPT_ADAPTER: Final = Recipe.from_mapping({"*.lora_[AB].*": "float"})
+"""Adapters that are kept are kept in float; a user's recipe may say otherwise."""
+
+
+def canonicalize(kept: Collection[str] = ()) -> list[ir.passes.InPlacePass]:
+    """The few standard forms that every later phase matches. A new pass is one more line here.
+
+    Args:
+        kept: Linears whose weights stay as they are, bit for bit.
+    """
+    return [
+        NameFixPass(),
+        FuseLayerNorm(),
+        FuseRmsNorm(),
+        FuseGelu(),
+        FuseAttention(),
+        AttentionTo3D(),
+        CanonicalLinear(kept),
+    ]
+
 
 Calibration: TypeAlias = str | Path | Iterable[str] | Iterable[Mapping[str, Any]] | None
 
@@ -96,7 +108,7 @@ def compile_model(
     Raises:
         QcompileError: anything that cannot be done; nothing is left at `output` then.
     """
-    chosen_target, chosen_scheme = get_target(target), get_scheme(scheme)
+    chosen_target, chosen_scheme = get_target(target), get_scheme(choose_scheme(source, scheme))
     if config.recipe.rules and not chosen_scheme.quantizes:
         raise ConfigError(
             f"scheme {scheme} quantises nothing, so a recipe has no effect",
@@ -136,7 +148,8 @@ def _compile(
         check_shapes(config.shapes, model)
         check_limits(config, model)
         traced_path = work / "traced.onnx"
-        run(model.ir, [pass_() for pass_ in CANONICALIZE])
+        stored = model.checkpoint.weights if model.checkpoint is not None else ()
+        run(model.ir, canonicalize(stored))
         model.ir = spill(model.ir, work, "canonical")
 
     cached = with_cache() if config.cache else ()
@@ -150,15 +163,26 @@ def _compile(
     # Calibration and plans are of the graph without a cache: the same sites, the same weights.
     planned_path = lowered((), target.floats, work / "planned.onnx") if cached else baseline_path
 
+    if config.adapter_mode == "keep":
+        config = config.model_copy(update={"recipe": config.recipe.before(KEPT_ADAPTER)})
     with phases.phase("data") as step:
         data = _calibration_data(calibration, model, config, scheme, work, step)
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
-    graph, decision = model.ir.clone(), None
+    graph, decision, notes = model.ir.clone(), None, list[str]()
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
     floats = scheme.floats or target.floats
     plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}", floats)
-    if scheme.quantizes:
+    if scheme.keeps:
+        assert model.checkpoint is not None
+        with phases.phase("plan"):
+            plan, notes = keep_plan(find_sites(graph.graph), model.checkpoint, target)
+        PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
+    elif model.checkpoint is not None:
+        notes.append(
+            f"{model.checkpoint.description}: its codes are dequantised, as the scheme says"
+        )
+    elif scheme.quantizes:
         sites = find_sites(graph.graph)
         replayed = PlanFile.read(config.plan_in) if config.plan_in else None
         if replayed:
@@ -236,6 +260,7 @@ def _compile(
         model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases,
         decision, config, kept,
     )  # fmt: skip
+    report.warnings += notes
     artifact.complete(
         folder, model, target, report, plan, cache, config, data.held_back[0], traced_path
     )

@@ -68,27 +68,43 @@ class ActivationQuant:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """Symmetric codes, per output channel or in blocks of input channels: ``W ≈ codes * scale``.
+    """Codes per output channel, or in blocks of inputs: ``W ≈ (codes − zero_point) · scale``.
 
     Attributes:
         codes: int8 or float8e4m3fn [K, N]; K counts the copies of outlier channels.
         scale: float32 [N], or [K / block_size, N].
         block_size: input channels that share a scale; None: all of them do.
         bits: of a code, 8 or 4.
+        zero_point: int8 of the shape of `scale`, the codes of zero; None: they are zeros.
+        order: int64 [K], the input channel of every row of `codes`; None: as they come. What groups
+            channels by importance (GPTQ's act-order) stores them in blocks of another order.
+        offset: float32 of the shape of `scale`, in blocks that divide K: what is added to every
+            weight of a block, for formats whose zero is no code (GGUF's Q4_K); None: nothing.
     """
 
     codes: Array
     scale: Array
     block_size: int | None = None
     bits: int = 8
+    zero_point: Array | None = None
+    order: Array | None = None
+    offset: Array | None = None
 
     def dequantized(self) -> Array:
-        """The float32 weight [K, N] that the codes stand for."""
-        scale = self.scale
-        if self.block_size is not None:
-            scale = np.repeat(scale, self.block_size, axis=0)[: len(self.codes)]
-        result: Array = self.codes.astype(np.float32) * scale
-        return result
+        """The float32 weight [K, N] that the codes stand for, rows in the order of the input."""
+        result: Array = self.codes.astype(np.float32)
+        if self.zero_point is not None:
+            result -= self._of_rows(self.zero_point)
+        result *= self._of_rows(self.scale)
+        if self.offset is not None:
+            result += self._of_rows(self.offset)
+        return result if self.order is None else result[np.argsort(self.order)]
+
+    def _of_rows(self, values: Array) -> Array:
+        if self.block_size is None:
+            return values
+        repeated: Array = np.repeat(values, self.block_size, axis=0)[: len(self.codes)]
+        return repeated
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,10 @@ from qcompile.config import Activations
 from qcompile.errors import ConfigError
 from qcompile.precision import FP8, MODES, Choice, Floats, Label
 
+DEFAULT: Final = "w8a8"
+KEPT: Final = "checkpoint"
+"""The scheme of a source that is quantised already."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
@@ -32,6 +36,11 @@ class Scheme:
     def base(self) -> str:
         """The name without the cache."""
         return self.name.removesuffix(f"kv{self.cache_bits}")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether codes and scales are those of the source."""
+        return self.base == KEPT
 
     @property
     def calibrates(self) -> bool:
@@ -64,6 +73,7 @@ SCHEMES: Final = {
         Scheme("fp8", "e4m3 weights per output channel, e4m3 activations, SmoothQuant", FP8),
         Scheme("w8a16", "int8 weights per block of 32, rounded to nearest", ("weight8",)),
         Scheme("w4a16", "int4 weights per block of 32, rounded to nearest", ("weight4",)),
+        Scheme(KEPT, "a source that is quantised already, bit for bit", ("weight4", "weight8")),
     )
 }
 

@@ -146,7 +146,8 @@ def test_schemes(run_cli: RunCli) -> None:
     outcome = run_cli("schemes")
     assert (outcome.status, outcome.stderr) == (0, "")
     names = [line.split()[0] for line in outcome.stdout.splitlines()]
-    assert names == ["fp32", "fp16", "w8a8", "fp8", "w8a16", "w4a16", "…kv8", "…kv4"]
+    wanted = ["fp32", "fp16", "w8a8", "fp8", "w8a16", "w4a16", "checkpoint", "…kv8", "…kv4"]
+    assert names == wanted
 
 
 def test_inspect(run_cli: RunCli, compiled_tiny: qcompile.Artifact) -> None:

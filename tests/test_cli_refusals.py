@@ -122,7 +122,7 @@ def test_custom_code_is_not_run(run_cli: RunCli, model: Path, tmp_path: Path) ->
         (["--target", "ort-cpu:z80"], "has no variant 'z80' (one of avx2"),
         (
             ["--scheme", "w3a3"],
-            "unknown scheme 'w3a3' (one of fp32, fp16, w8a8, w8a16, w4a16; kv8 or kv4 may follow)",
+            "unknown scheme 'w3a3' (one of fp32, fp16, w8a8, w8a16, w4a16, checkpoint; kv8",
         ),
         (
             ["--scheme", "w8a8kv8", "--no-cache"],
@@ -135,6 +135,8 @@ def test_custom_code_is_not_run(run_cli: RunCli, model: Path, tmp_path: Path) ->
         (["--smooth", "on"], "smooth: 'on'"),
         (["--smooth", "2"], "smooth"),
         (["--samples", "0"], "samples"),
+        (["--keep-adapter"], "there is no adapter to keep"),
+        (["--scheme", "checkpoint"], "is for a source that is quantised already"),
         (["--seq-len", "1"], "seq_len"),
         (["--opset", "12"], "opset"),
         (["--seed", "-1"], "seed"),

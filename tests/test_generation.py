@@ -23,7 +23,7 @@ from qcompile.config import CompileConfig
 from qcompile.errors import ModelError
 from qcompile.genai import genai_config
 from qcompile.generation import generate
-from qcompile.pipeline import CANONICALIZE, run, with_cache
+from qcompile.pipeline import canonicalize, run, with_cache
 from qcompile.precision import Floats, PrecisionPlan
 from qcompile.session import open_session
 
@@ -84,7 +84,7 @@ def compile_cached(
     source: Path, folder: Path, target: Target | None = None, floats: Floats = "float32"
 ) -> None:
     model = frontend.load(str(source), CompileConfig(), folder)
-    run(model.ir, [pass_() for pass_ in CANONICALIZE])
+    run(model.ir, canonicalize())
     run(model.ir, [*with_cache(), *(target or OrtCpu()).lower(PrecisionPlan(floats=floats))])
     ir.save(model.ir, folder / "model.onnx")
     settings = genai_config(model.ir.graph, source, model.max_length)

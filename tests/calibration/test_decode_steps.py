@@ -14,7 +14,7 @@ from qcompile.cache import fed, is_past, present_of
 from qcompile.calibration.run import calibrate
 from qcompile.config import CompileConfig
 from qcompile.linears import find_sites
-from qcompile.pipeline import CANONICALIZE, run
+from qcompile.pipeline import canonicalize, run
 from qcompile.session import open_session
 from qcompile.traced import Batch
 from tests.test_generation import PROMPTS, save
@@ -26,7 +26,7 @@ TOKENS = np.array([PROMPTS[0] + PROMPTS[1]])
 def test_observers_over_steps_see_what_those_over_the_text_see(kind: str, tmp_path: Path) -> None:
     save(kind, tmp_path / "source")
     model = frontend.load(str(tmp_path / "source"), CompileConfig(), tmp_path).ir
-    run(model, [pass_() for pass_ in CANONICALIZE])
+    run(model, canonicalize())
     whole = calibrate(model, find_sites(model.graph), [_feed(0, TOKENS.shape[1])], tmp_path)
     run(model, [KvCache()])
     steps = calibrate(model, find_sites(model.graph), _steps(model, tmp_path), tmp_path)
