@@ -42,6 +42,7 @@ from qcompile.planfile import PLAN, PlanFile
 from qcompile.planning import float_plan, plan_precision
 from qcompile.precision import Choice, Floats, PrecisionPlan
 from qcompile.progress import Phases, Step
+from qcompile.ranges import Ranges, find_ranges
 from qcompile.report import Report
 from qcompile.reporting import make_report, site_rows
 from qcompile.schemes import Scheme, get_scheme
@@ -141,7 +142,7 @@ def _compile(
         data = _calibration_data(calibration, model, config, scheme, work, step)
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
-    graph, decision = model.ir.clone(), None
+    graph, decision, ranges = model.ir.clone(), None, Ranges()
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
     floats = scheme.floats or target.floats
     plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}", floats)
@@ -176,6 +177,7 @@ def _compile(
             )
         else:
             graph, smoothing, plan = apply(chosen)
+        ranges = find_ranges(model.ir, graph, stats, smoothing)
         PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
     rows = site_rows(stats, smoothing, plan)
     stats.clear()
@@ -222,7 +224,7 @@ def _compile(
         decision, config, kept,
     )  # fmt: skip
     artifact.complete(
-        folder, model, target, report, plan, cache, config, data.held_back[0], traced_path
+        folder, model, target, report, ranges, plan, cache, config, data.held_back[0], traced_path
     )
     return report
 
