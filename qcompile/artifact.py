@@ -125,8 +125,8 @@ def complete(
         text = page(report, ranges)
     except Exception as error:
         report.warnings.append(
-            f"{PAGE} could not be drawn ({type(error).__name__}: {error}); everything else is "
-            "there, and `qcompile report` tries again"
+            f"{PAGE} could not be drawn ({type(error).__name__}: {' '.join(str(error).split())}); "
+            "everything else is there, and `qcompile report` tries again"
         )
     else:
         (folder / PAGE).write_text(text, encoding="utf-8")

@@ -105,7 +105,9 @@ def comparison(reports: Sequence[tuple[str, Report]]) -> str:
         models=list(dict.fromkeys(report.model for _, report in reports)),
         facts={
             fact: [one.get(fact) for one in facts]
-            for fact in dict.fromkeys(fact for one in facts for fact in one)
+            for fact in dict.fromkeys(
+                fact for one in sorted(facts, key=len, reverse=True) for fact in one
+            )
         },
         refusals=[_refusals(report) for _, report in reports],
         figures=figures,

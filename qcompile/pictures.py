@@ -85,7 +85,7 @@ def sqnr_picture(reports: Sequence[tuple[str, Report]], name: str = "sqnr") -> P
     _title_y(axes, "dB")
     worst = min(measured, key=lambda row: row[2])
     legend = (
-        [(at, label) for at, (label, _) in enumerate(reports)]
+        [(at, reports[at][0]) for at in series]
         if several
         else _legend(op.label or op.precision for _, op, _ in measured)
     )

@@ -45,7 +45,9 @@ def draw_to(output: Path, folders: Sequence[Path]) -> None:
     if len(kept) == 1:
         text = page(*kept[0])
     else:
-        names = [str(folder) for folder in folders]
+        names = [folder.resolve().name for folder in folders]
+        if len({*names}) < len(names):
+            names = [str(folder) for folder in folders]
         text = comparison([(n, report) for n, (report, _) in zip(names, kept, strict=True)])
     output.write_text(text, encoding="utf-8")
 

@@ -50,7 +50,7 @@ for (const table of document.querySelectorAll("table.ops")) {
   for (const header of table.tHead.rows[0].cells) {
     header.querySelector("button").addEventListener("click", () => sort(table, header));
   }
-  const bar = table.previousElementSibling;
+  const bar = document.querySelector(`[data-filters="${table.id}"]`);
   bar.hidden = false;
   bar.addEventListener("input", () => filter(table, bar));
 }
