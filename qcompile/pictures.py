@@ -113,10 +113,11 @@ def gain_picture(report: Report) -> Picture | Missing:
         for c in op.candidates
         if base.label == "float" and c.label != "float"
     ]
+    if not any(c.damage > 0.0 for _, c, _ in pairs):
+        return Missing(title, "no op had a candidate that does damage.")
     floats = [c for op in report.ops for c in op.candidates if c.label == "float"]
     totals = np.sum([c.microseconds for c in floats], axis=0)
     drawn, axes = figure(2.9)
-    axes.grid(True, axis="both")
     for label, chosen in dict.fromkeys((c.label, c.chosen) for _, c, _ in pairs):
         points = [
             (
@@ -129,9 +130,11 @@ def gain_picture(report: Report) -> Picture | Missing:
         ]
         _dots(axes, points, color(label_color(label)), filled=chosen)
     axes.axvline(0.0, color=INK, linewidth=0.6)
-    if any(c.damage > 0.0 for _, c, _ in pairs):
-        _logarithmic(axes)
-    axes.xaxis.set_major_locator(_locator(6))
+    _logarithmic(axes)
+    # An output head is often ten times any other op.
+    axes.set_xscale("symlog", linthresh=1.0)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(True, axis="both")
     axes.xaxis.set_major_formatter(_TICKS)
     axes.set_xlabel("time saved, % of all Linears in float")
     _title_y(axes, f"damage, {planning.unit}")
@@ -144,7 +147,7 @@ def gain_picture(report: Report) -> Picture | Missing:
         _legend(c.label for _, c, _ in pairs),
         f"A dot is one op in one implementation; full ones are in the plan. Right of the line it "
         f"is faster than float (kernels alone, mean over {shapes}); lower is closer to float. "
-        f"Worth having is what lies right and low. {kept} ops stay in float, and do not show.",
+        f"Worth having is what lies right and low. Ops that stay in float ({kept}) do not show.",
     )
 
 

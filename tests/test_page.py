@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterator
 
 import matplotlib
 import pytest
@@ -20,10 +19,10 @@ from tests.page_reader import Element, read_page
 
 
 @pytest.fixture(scope="module")
-def text() -> Iterator[str]:
+def text() -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pages, "MOST_SITES", 48)
-        yield page(full_report(), full_ranges())
+        return page(full_report(), full_ranges())
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +194,8 @@ def test_of_many_activations_those_that_differ_most(monkeypatch: pytest.MonkeyPa
     assert "3 others are not" in tree.words
 
 
-def test_the_same_bytes_whatever_the_settings(text: str) -> None:
+def test_the_same_bytes_whatever_the_settings(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "MOST_SITES", 48)
     with matplotlib.rc_context({"font.size": 30.0, "lines.linewidth": 9.0, "svg.hashsalt": "x"}):
         assert page(full_report(), full_ranges()) == text
 
