@@ -58,8 +58,12 @@ def size_text(report: Report) -> str:
 
 def speed_text(report: Report, speed: Speed) -> str:
     """Relative to float of the kind that the target has."""
-    baseline = "float" if report.floats == "float32" else report.floats
-    return f"{speed.ratio:.2f}× {baseline}, same process"
+    return f"{speed.ratio:.2f}× {baseline(report)}, same process"
+
+
+def baseline(report: Report) -> str:
+    """What speeds are relative to."""
+    return "float" if report.floats == "float32" else report.floats
 
 
 def megabytes(size: int) -> str:

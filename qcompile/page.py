@@ -13,19 +13,10 @@ from typing import Any, Final
 import jinja2
 from markupsafe import Markup, escape
 
-from qcompile.headline import accuracy_text, headline, size_text
-from qcompile.pictures import (
-    Missing,
-    Picture,
-    cache_picture,
-    front_picture,
-    gain_picture,
-    label_color,
-    outlier_picture,
-    smoothing_picture,
-    sqnr_picture,
-    weight_picture,
-)
+from qcompile.drawing import Missing, Picture, label_color
+from qcompile.headline import accuracy_text, baseline, headline, size_text
+from qcompile.pictures import cache_picture, front_picture, gain_picture, sqnr_picture
+from qcompile.range_pictures import outlier_picture, smoothing_picture, weight_picture
 from qcompile.ranges import Ranges, SiteRanges
 from qcompile.report import OpRow, Report, SiteRow
 from qcompile.svg import styled
@@ -120,9 +111,8 @@ def _cards(report: Report) -> list[Card]:
     """Size, speed, accuracy."""
     size, _, part = size_text(report).partition(" (")
     cards = [Card("size", size, part.rstrip(")"))]
-    baseline = "float" if report.floats == "float32" else report.floats
     cards += [
-        Card("speed", f"{speed.ratio:.2f}×", f"{baseline} at {speed.shape}")
+        Card("speed", f"{speed.ratio:.2f}×", f"{baseline(report)} at {speed.shape}")
         for speed in report.speed[:3]
     ]
     wanted = ("kl", "top1_agreement") if "kl" in report.accuracy else ("cosine", "sqnr_db")
@@ -130,7 +120,7 @@ def _cards(report: Report) -> list[Card]:
         if name in report.accuracy:
             label, text = accuracy_text(name, report.accuracy[name])
             number, _, unit = text.partition(" ")
-            cards.append(Card("accuracy", number, f"{unit} {label}".strip()))
+            cards.append(Card("accuracy", number, f"{label}, {unit}" if unit else label))
     return cards
 
 

@@ -16,6 +16,7 @@ import pydantic
 from qcompile.calibration.stats import Stats
 from qcompile.linears import Linear, Site, find_linears, find_sites
 from qcompile.smoothing import SmoothingPlan
+from qcompile.spill import release
 
 Array = npt.NDArray[Any]
 
@@ -97,7 +98,7 @@ def find_ranges(
         smoothing: what was decided.
     """
     smoothed = {linear.name: linear for linear in find_linears(after.graph)}
-    return Ranges(
+    found = Ranges(
         sites=[
             _site(site, stats[site.name], smoothing.scale_of(site.name))
             for site in find_sites(before.graph)
@@ -105,6 +106,9 @@ def find_ranges(
         ],
         weights=[_weight(one, smoothed[one.name]) for one in find_linears(before.graph)],
     )
+    release(before)
+    release(after)
+    return found
 
 
 def _site(site: Site, stats: Stats, scale: Array) -> SiteRanges:

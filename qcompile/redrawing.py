@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qcompile.artifact import PAGE, REPORT, read_record, sha256, write_record
-from qcompile.errors import ModelError, OutputError
+from qcompile.errors import ConfigError, ModelError, OutputError
 from qcompile.page import comparison, page
 from qcompile.ranges import RANGES, Ranges
 from qcompile.report import Report, read_json
+from qcompile.svg import COLORS
 
 
 def draw_again(folder: Path) -> Path:
@@ -38,9 +39,12 @@ def draw_to(output: Path, folders: Sequence[Path]) -> None:
     Raises:
         ModelError: no artifact, or one that is damaged.
         OutputError: `output` is no HTML file.
+        ConfigError: more artifacts than there are colours.
     """
     if output.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{output} does not end in .html, and is not written")
+    if len(folders) > COLORS:
+        raise ConfigError(f"{len(folders)} artifacts are too many to compare: {COLORS} at most")
     kept = [_read(folder) for folder in folders]
     if len(kept) == 1:
         text = page(*kept[0])

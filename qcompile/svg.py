@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 
 INK: Final = "#0a0b01"
 FAINT: Final = "#0a0b02"
-_SERIES: Final = tuple(f"#0b{at:02x}03" for at in range(12))
+COLORS: Final = 12
+_SERIES: Final = tuple(f"#0b{at:02x}03" for at in range(COLORS))
 _VARIABLES: Final[Mapping[str, str]] = {
     INK: "var(--ink)",
     FAINT: "var(--rule)",
@@ -54,8 +55,8 @@ _STYLE: Final = {
 
 
 def color(at: int) -> str:
-    """The page's series colour number `at`; they repeat after twelve."""
-    return _SERIES[at % len(_SERIES)]
+    """The page's series colour number `at`, of COLORS."""
+    return _SERIES[at]
 
 
 @contextmanager

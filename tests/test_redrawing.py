@@ -91,6 +91,7 @@ def test_what_cannot_be_written(
 ) -> None:
     folder = compiled_tiny.path
     assert "name it with -o FILE" in run_cli("report", folder, folder).error
+    assert "too many" in run_cli("report", *[folder] * 13, "-o", "all.html").error
     assert "does not end in .html" in run_cli("report", folder, "-o", "model.onnx").error
     assert "No such file" in run_cli("report", folder, "-o", "absent/page.html").error
     (tmp_path / "folder.html").mkdir()
