@@ -15,7 +15,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from qcompile.errors import QcompileError
+from qcompile.errors import ConfigError, QcompileError
 
 _INTERRUPTED = 130
 
@@ -242,6 +242,27 @@ def inspect_command(folder: Path, as_json: bool) -> None:
         print_ops(report, _stdout())
 
 
+@cli.command("report", short_help="Draw an artifact's page again, or compare several.")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write.  [default: report.html in FOLDER, if there is one]",
+)
+def report_command(folders: tuple[Path, ...], output: Path | None) -> None:
+    """Draw the page of the artifact FOLDERS: of one as compiling does, of several side by side."""
+    from qcompile.redrawing import draw_again, draw_to
+
+    if output is not None:
+        draw_to(output, folders)
+        click.echo(output)
+        return
+    if len(folders) > 1:
+        raise ConfigError("several artifacts make a page of their own", hint="name it with -o FILE")
+    click.echo(draw_again(folders[0]))
+
+
 @cli.command("check", short_help="Verify an artifact again, on this machine.")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
@@ -361,6 +382,8 @@ def _quiet_libraries() -> None:
         warnings.simplefilter("ignore")
     # It tells of each intermediate value whose type the exporter left out.
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+    # It tells of a font cache that takes long to build.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

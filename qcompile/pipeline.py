@@ -55,6 +55,7 @@ from qcompile.planfile import PLAN, PlanFile
 from qcompile.planning import float_plan, plan_precision
 from qcompile.precision import Choice, Floats, PrecisionPlan
 from qcompile.progress import Phases, Step
+from qcompile.ranges import Ranges, find_ranges
 from qcompile.report import Report
 from qcompile.reporting import make_report, site_rows
 from qcompile.schemes import Scheme, get_scheme
@@ -169,7 +170,7 @@ def _compile(
         data = _calibration_data(calibration, model, config, scheme, work, step)
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
-    graph, decision, notes = model.ir.clone(), None, list[str]()
+    graph, decision, notes, ranges = model.ir.clone(), None, list[str](), Ranges()
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
     floats = scheme.floats or target.floats
     plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}", floats)
@@ -213,6 +214,7 @@ def _compile(
             )
         else:
             graph, smoothing, plan = apply(chosen)
+        ranges = find_ranges(model.ir, graph, stats, smoothing)
         PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
     rows = site_rows(stats, smoothing, plan)
     stats.clear()
@@ -262,7 +264,7 @@ def _compile(
     )  # fmt: skip
     report.warnings += notes
     artifact.complete(
-        folder, model, target, report, plan, cache, config, data.held_back[0], traced_path
+        folder, model, target, report, ranges, plan, cache, config, data.held_back[0], traced_path
     )
     return report
 

@@ -3,78 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qcompile.artifact import Artifact
+from qcompile.artifact import PAGE, Artifact
 from qcompile.benching import Rate
+from qcompile.headline import headline, megabytes
 from qcompile.precision import LABELS
-from qcompile.report import Cache, CandidateRow, Planning, Report
+from qcompile.report import CandidateRow, Planning, Report
 from qcompile.targets import Target
-
-_FIGURES = {
-    "kl": ("mean KL to float", "{:.5f} nats per row"),
-    "top1_agreement": ("top-1 agreement", "{:.2%}"),
-    "perplexity_float": ("perplexity, float", "{:.4g}"),
-    "perplexity": ("perplexity", "{:.4g}"),
-    "cosine": ("cosine similarity, mean", "{:.5f}"),
-    "cosine_min": ("cosine similarity, worst", "{:.5f}"),
-    "sqnr_db": ("SQNR of the output", "{:.1f} dB"),
-}
 
 
 def print_summary(artifact: Artifact, console: Console) -> None:
     """What was made, how large, how close to float, how fast."""
     report = artifact.report
     table = Table(title=f"{escape(report.model)} → {escape(str(artifact.path))}", show_header=False)
-    table.add_row("target, scheme", f"{report.target}, {report.scheme}")
-    ratio = report.bytes / report.bytes_float if report.bytes_float else 1.0
-    table.add_row("size", f"{_megabytes(report.bytes)} ({ratio:.0%} of float)")
-    precisions = ", ".join(f"{n} {name}" for name, n in report.ops_by_precision.items() if n)
-    table.add_row("Linears by precision", precisions or "none")
-    if report.leftovers:
-        counts = Counter(row.op for row in report.leftovers)
-        table.add_row("others, in float", ", ".join(f"{n} {op}" for op, n in counts.items()))
-    for name, value in report.accuracy.items():
-        label, form = _FIGURES.get(name, (name, "{:.4g}"))
-        table.add_row(label, form.format(value))
-    if report.decoded:
-        label, form = _FIGURES["kl"]
-        table.add_row(f"{label}, decoded with the cache", form.format(report.decoded["kl"]))
-    if report.cache is not None:
-        for label, text in _cache_rows(report.cache):
-            table.add_row(label, text)
-    for speed in report.speed:
-        baseline = "float" if report.floats == "float32" else report.floats
-        table.add_row(f"speed at {speed.shape}", f"{speed.ratio:.2f}× {baseline}, same process")
-    table.add_row(
-        "measured on", f"{report.held_back} held-back samples ({escape(report.calibration)})"
-    )
+    for label, text in headline(report).items():
+        table.add_row(label, escape(text))
+    table.add_row("report", escape(str(artifact.path / PAGE)))
     console.print(table)
     if report.refusals:
         console.print(
             f"{len(report.refusals)} sites could not be smoothed; "
             f"`qcompile inspect {escape(str(artifact.path))}` says why."
         )
-
-
-def _cache_rows(cache: Cache) -> Iterator[tuple[str, str]]:
-    """How large the cache is, and what its codes do to the divergence, by position."""
-    part = cache.bytes_per_token / cache.bytes_per_token_float
-    yield (
-        "keys and values",
-        f"{cache.bits} bits {cache.granularity}, {cache.bytes_per_token} bytes a token "
-        f"({part:.1%} of float32)",
-    )
-    for row in cache.effect:
-        base = row.kl["float"]
-        added = ", ".join(
-            f"{form} {row.kl[form] - base:+.5f}" for form in row.kl if form != "float"
-        )
-        yield f"KL at positions {row.first} to {row.last}", f"{base:.5f} kept in float; {added}"
 
 
 def print_ops(report: Report, console: Console) -> None:
@@ -141,7 +96,7 @@ def _print_planning(report: Report, planning: Planning, console: Console) -> Non
             "" if changes else "→",
             ", ".join(f"{ratio:.2f}" for ratio in speeds),
             f"{damage:.3g}",
-            _megabytes(size),
+            megabytes(size),
             ", ".join(f"{n} {label}" for label, n in counts.items()),
             escape(_listed(changes)) if changes else "the plan",
         )
@@ -199,7 +154,3 @@ def rates_table(rates: Sequence[Rate]) -> Table:
             f"{rate.decode / first.decode:.2f}×",
         )
     return table
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"

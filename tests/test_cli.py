@@ -170,7 +170,7 @@ def test_check(run_cli: RunCli, compiled_tiny: qcompile.Artifact, artifact_copy:
     assert "config.json is missing or changed" in run_cli("check", artifact_copy).error
 
 
-@pytest.mark.parametrize("command", ["inspect", "check", "bench"])
+@pytest.mark.parametrize("command", ["inspect", "check", "bench", "report"])
 def test_a_folder_that_is_no_artifact(run_cli: RunCli, tmp_path: Path, command: str) -> None:
     assert "is not a qcompile artifact" in run_cli(command, tmp_path).error
     assert "is not a qcompile artifact" in run_cli(command, tmp_path / "absent").error
