@@ -49,9 +49,16 @@ def bench(
 
     Raises:
         ModelError: no artifact, or one without a cache.
-        ConfigError: more tokens than an artifact has positions.
+        ConfigError: more tokens than an artifact has positions, or its kernels cannot run here.
     """
     records = [read_record(folder) for folder in folders]
+    runtimes = [
+        get_target(record["target"]).runtime(folder, record)
+        for folder, record in zip(folders, records, strict=True)
+    ]
+    for folder, runtime in zip(folders, runtimes, strict=True):
+        if runtime.stand_in:
+            raise ConfigError(f"{folder} cannot be timed: {runtime.stand_in}")
     for folder, record in zip(folders, records, strict=True):
         most = record.get("max_length")
         if most is not None and prompt + new_tokens > most:
@@ -59,10 +66,10 @@ def bench(
     sessions = {
         str(folder): open_session(
             folder / GRAPH,
-            get_target(record["target"]).runtime(folder, record),
+            runtime,
             spinning=len(folders) == 1,
         )
-        for folder, record in zip(folders, records, strict=True)
+        for folder, runtime in zip(folders, runtimes, strict=True)
     }
     for name, session in sessions.items():
         try:

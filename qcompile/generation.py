@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
 
@@ -99,10 +100,21 @@ def generate(
     Args:
         session: of a graph with a cache.
         prompts: token ids, none of them empty.
-        new_tokens: the most tokens to yield.
+        new_tokens: the most tokens to yield. How many positions the model has, the caller knows.
         temperature: 0: the likeliest token; else one is drawn, from the logits divided by it.
         seed: of the draws.
+
+    Raises:
+        ConfigError: no prompt, an empty one, or one of what is no token; less than none asked for.
     """
+    if not prompts or not all(map(len, prompts)):
+        raise ConfigError("a prompt has no tokens" if prompts else "there is no prompt")
+    if new_tokens < 0:
+        raise ConfigError(f"{new_tokens} tokens cannot be generated")
+    size = next((o.shape[-1] for o in session.get_outputs() if o.name == _LOGITS), None)
+    for given in itertools.chain.from_iterable(prompts):
+        if int(given) != given or given < 0 or (isinstance(size, int) and given >= size):
+            raise ConfigError(f"a prompt holds {given}, which is no token of the model")
     ids, mask = pad_left(prompts)
     decoder = Decoder(session, len(prompts), ids.shape[1] + new_tokens)
     rng = np.random.default_rng(seed)

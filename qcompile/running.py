@@ -6,13 +6,14 @@ import dataclasses
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qcompile.artifact import load, read_record
 from qcompile.cache import has_cache
-from qcompile.errors import ConfigError, ModelError
+from qcompile.errors import ConfigError, ModelError, StandInWarning
 from qcompile.genai import end_tokens
 from qcompile.generation import generate
 
@@ -25,12 +26,14 @@ class Rates:
     new: int
     prefill: float
     decode: float
+    notes: tuple[str, ...] = ()
+    """What has to be known of text or speed."""
 
     def __str__(self) -> str:
         decoded = f", {(self.new - 1) / self.decode:.1f} tokens/s after" if self.new > 1 else ""
         return (
             f"{self.prompt} tokens of prompt at {self.prompt / self.prefill:.1f} tokens/s, "
-            f"{self.new} generated{decoded}"
+            f"{self.new} generated{decoded}" + "".join(f"; {note}" for note in self.notes)
         )
 
 
@@ -68,7 +71,9 @@ def run_prompt(
     if not (math.isfinite(temperature) and temperature >= 0.0):
         raise ConfigError(f"temperature {temperature} is no number from 0 on")
     record = read_record(folder)
-    session = load(folder)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", StandInWarning)
+        session = load(folder)
     if not has_cache(session):
         raise ModelError(
             f"{folder} has no cache to generate with", hint="compile the model with --cache"
@@ -80,10 +85,9 @@ def run_prompt(
     most = record.get("max_length")
     if most is not None and len(ids) >= most:
         raise ConfigError(f"the prompt has {len(ids)} tokens, and the model {most} positions")
-    if most is not None:
-        new_tokens = min(new_tokens, most - len(ids))
+    room = new_tokens if most is None else min(new_tokens, most - len(ids))
     stream, ends = Stream(tokenizer, write), set(end_tokens(folder))
-    tokens = generate(session, [ids], new_tokens, temperature=temperature, seed=seed)
+    tokens = generate(session, [ids], room, temperature=temperature, seed=seed)
     seconds = []
     while True:
         start = time.perf_counter()
@@ -95,7 +99,10 @@ def run_prompt(
             break
         stream.put(int(token[0]))
     stream.finish()
-    return Rates(len(ids), len(seconds), seconds[0], sum(seconds[1:]))
+    notes = [str(warning.message) for warning in told]
+    if len(seconds) == room < new_tokens:
+        notes.append("the model has no more positions")
+    return Rates(len(ids), len(seconds), seconds[0], sum(seconds[1:]), tuple(notes))
 
 
 def load_tokenizer(folder: Path) -> Any:

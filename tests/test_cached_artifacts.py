@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from qcompile.genai import end_tokens
 from qcompile.generation import Decoder, generate
 from qcompile.metrics import Accuracy
 from qcompile.running import Stream, prompt_tokens
-from qcompile.session import run_outputs
+from qcompile.session import HERE, run_outputs
 from qcompile.stepping import check_steps
 from tests.cli_runner import RunCli
 
@@ -55,6 +56,38 @@ def test_run_streams_what_transformers_generates(
     assert outcome.status == 0
     assert outcome.stdout == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
     assert "tokens of prompt" in outcome.stderr and "64 generated" in outcome.stderr
+
+
+def test_run_says_that_positions_ran_out(compile_cached: Cached, run_cli: RunCli) -> None:
+    outcome = run_cli("run", compile_cached("fp32").path, PROMPT, "--max-new-tokens", 10**6)
+    assert outcome.status == 0 and "no more positions" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("prompts", "told"),
+    [
+        ([], "there is no prompt"),
+        ([[1], []], "a prompt has no tokens"),
+        ([[1, -1]], "holds -1"),
+        ([[10**6]], "holds 1000000"),
+        ([[1.5]], "holds 1.5"),
+    ],
+)
+def test_prompts_that_are_none(compile_cached: Cached, prompts: Any, told: str) -> None:
+    session = qcompile.load(compile_cached("fp32").path)
+    with pytest.raises(ConfigError, match=told):
+        next(generate(session, prompts, 4))
+
+
+def test_speeds_of_other_kernels_are_none(
+    compile_cached: Cached, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = compile_cached("fp32").path
+    elsewhere = dataclasses.replace(HERE, stand_in="there is no such GPU here")
+    monkeypatch.setattr(OrtCpu, "runtime", lambda *_, **__: elsewhere)
+    assert "cannot be timed: there is no such GPU here" in run_cli("bench", folder).error
+    outcome = run_cli("run", folder, PROMPT, "--max-new-tokens", 2)
+    assert outcome.status == 0 and "there is no such GPU here" in outcome.stderr
 
 
 def test_a_temperature_draws_by_the_seed(compile_cached: Cached, run_cli: RunCli) -> None:
