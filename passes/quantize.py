@@ -22,10 +22,10 @@ class Quantize(ir.passes.InPlacePass):
        functions with bodies in standard ops
 
     and each planned MatMul reads ``DequantizeLinear(codes, scale, axis=1)`` for its weight, or
-    ``DequantizeLinear(codes, scale, axis=0, block_size)`` where its scales are per block; an op of
-    weight-only precision goes on reading x. Outlier channels that are split are gathered as often
-    as they are copied, shifted, quantised by a coarser scale and appended. The result is a valid
-    ONNX model that any runtime computes; a target replaces it by kernels.
+    ``DequantizeLinear(codes, scale, [zero_point], axis=0, block_size)`` where its scales are per
+    block; an op of weight-only precision goes on reading x. Outlier channels that are split are
+    gathered as often as they are copied, shifted, quantised by a coarser scale and appended. The
+    result is a valid ONNX model that any runtime computes; a target replaces it by kernels.
     """
 
     def __init__(self, plan: PrecisionPlan) -> None:
@@ -80,11 +80,15 @@ def _quantize_weight(graph: ir.Graph, linear: Linear, op: OpPlan, x_hat: ir.Valu
     stored = weight.codes if weight.bits == 8 else weight.codes.astype(ml_dtypes.int4)
     codes = constant(graph, f"{op.name}.weight_int{weight.bits}", stored)
     scale = constant(graph, f"{op.name}.weight_scale", weight.scale)
+    parameters = [codes, scale]
+    if weight.zero_point is not None:
+        points = weight.zero_point.astype(stored.dtype)
+        parameters.append(constant(graph, f"{op.name}.weight_zero_point", points))
     attributes = {"axis": 1}
     if weight.block_size is not None:
         attributes = {"axis": 0, "block_size": weight.block_size}
     tape = ir.tape.Tape()
-    w_hat = tape.op("DequantizeLinear", [codes, scale], attributes)
+    w_hat = tape.op("DequantizeLinear", parameters, attributes)
     w_hat.shape = ir.Shape(weight.codes.shape)
     w_hat.dtype = ir.DataType.FLOAT
     for node in tape.nodes:

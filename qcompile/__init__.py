@@ -110,7 +110,7 @@ def default_output(model: Source, target: str, scheme: str) -> Path:
     """``MODEL-target-scheme`` in the current folder."""
     from qcompile.frontend import source_name
 
-    return Path(f"{source_name(model)}-{target.replace(':', '-')}-{scheme}")
+    return Path(f"{source_name(model)}-{target.replace(':', '-')}-{scheme.replace(':', '-')}")
 
 
 def __getattr__(name: str) -> Any:

@@ -105,6 +105,16 @@ def cli() -> None:
     help="How a static range is drawn from what calibration saw.",
 )
 @click.option(
+    "--block-size",
+    type=click.Choice(["32", "64", "128"]),
+    help="Of weights alone: input channels that share a scale.  [default: 32]",
+)
+@click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help="Of weights alone: blocks without or with zero points.  [default: as the method has it]",
+)
+@click.option(
     "--recipe", type=click.Path(path_type=Path), help="YAML: module-path glob -> overrides."
 )
 @click.option("--task", help="Task of the model, as optimum names it.  [default: inferred]")
@@ -147,6 +157,7 @@ def compile_command(
     smooth: str,
     shapes: str | None,
     max_size: str | None,
+    block_size: str | None,
     **options: Any,
 ) -> None:
     """Compile MODEL: a Hugging Face folder or hub id, an .onnx file, or path/file.py:factory."""
@@ -159,6 +170,7 @@ def compile_command(
     config = CompileConfig(
         smooth=parse_smooth(smooth),
         max_size=parse_size(max_size) if max_size is not None else None,
+        block_size=int(block_size) if block_size else None,  # type: ignore[arg-type]
         shapes=parse_shapes(shapes) if shapes is not None else (),
         recipe=Recipe.read(recipe) if recipe else Recipe(),
         **options,
@@ -206,10 +218,15 @@ def targets_command() -> None:
 @cli.command("schemes", short_help="List schemes.")
 def schemes_command() -> None:
     """List quantisation schemes."""
+    from qcompile.methods import SUMMARIES
     from qcompile.schemes import CACHES, SCHEMES
 
     for scheme in SCHEMES.values():
         click.echo(f"{scheme.name:8} {scheme.summary}")
+    having = " and ".join(s.name for s in SCHEMES.values() if s.has_methods)
+    click.echo(f"Methods of {having}, after a colon:")
+    for method, summary in SUMMARIES.items():
+        click.echo(f"  :{method:9} {summary}")
     for suffix, bits in CACHES.items():
         click.echo(f"…{suffix:7} any of these, keys and values kept in {bits} bits")
 

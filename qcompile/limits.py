@@ -58,6 +58,15 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             raise ConfigError(f"scheme {scheme.name}: {missing}")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
+    if scheme.method is not None and config.method not in ("rtn", scheme.method):
+        raise ConfigError(f"scheme {scheme.name} and method {config.method} contradict each other")
+    in_blocks = scheme.has_methods or any(config.recipe.names(k) for k in ("w8a16", "w4a16"))
+    for field in ("method", "block_size", "symmetric"):
+        asked = getattr(config, field) != CompileConfig.model_fields[field].default
+        if asked and not (in_blocks or (field != "method" and scheme.modes)):
+            raise ConfigError(
+                f"scheme {scheme.name} has no weights in blocks, so {field} has no effect"
+            )
     if scheme.quantizes and not scheme.modes and not config.recipe.names("w8a8"):
         for field in ("activations", "smooth", "ranges"):
             if getattr(config, field) != CompileConfig.model_fields[field].default:

@@ -19,6 +19,7 @@ from qcompile.costs import default_path, open_costs
 from qcompile.gradients import Gradients, Importance, measure_gradients
 from qcompile.linears import find_sites
 from qcompile.makers import maker_of
+from qcompile.methods import is_symmetric
 from qcompile.options import Options
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
@@ -36,6 +37,7 @@ from qcompile.targets.base import Target
 from qcompile.torch_graph import UnsupportedOpError
 from qcompile.traced import Batch, TracedModel
 from qcompile.trials import trial_plans
+from qcompile.weight_blocks import BLOCK_SIZE
 
 
 def measure(
@@ -86,7 +88,13 @@ def measure(
     elif times.measured:
         with contextlib.suppress(OSError):  # a cache that cannot be kept is no failure
             table.write(default_path(here))
-    return dataclasses.replace(measured, importance=importance, how=how)
+    return dataclasses.replace(
+        measured,
+        importance=importance,
+        how=how,
+        block_size=config.block_size or BLOCK_SIZE,
+        zero_points=not is_symmetric(config.method, config.symmetric),
+    )
 
 
 def measure_times(

@@ -13,8 +13,10 @@ import onnx_ir as ir
 from qcompile.config import Activations, CompileConfig, SiteRule
 from qcompile.errors import ConfigError, ModelError
 from qcompile.linears import Linear, Site
+from qcompile.methods import FOLDED
 from qcompile.outliers import can_split
 from qcompile.precision import INT8, Choice, Label
+from qcompile.rounding import rounding_of
 from qcompile.schemes import Scheme
 from qcompile.targets.base import Target
 
@@ -103,6 +105,12 @@ def needs_ranges(options: Mapping[str, Options], chosen: Mapping[str, Choice]) -
     return bool((labels | {choice.label for choice in chosen.values()}) & set(INT8))
 
 
+def scales_channels(chosen: Mapping[str, Choice], config: CompileConfig) -> bool:
+    """Whether a method of weights alone scales input channels by what calibration saw."""
+    found = (rounding_of(name, choice.precision, config) for name, choice in chosen.items())
+    return any(rounding is not None and rounding.method in FOLDED for rounding in found)
+
+
 def require_any(options: Mapping[str, Options], graph: ir.Model) -> None:
     """Refuse to call a model quantised in which nothing can be.
 
@@ -131,12 +139,17 @@ def _check_recipe(sites: list[Site], config: CompileConfig, scheme: Scheme, targ
         )
     for glob, rule in config.recipe.rules:
         matched = [name for name in names if fnmatchcase(name, glob)]
-        given = rule.model_fields_set - {"precision"}
+        given = rule.model_fields_set - {"precision", "method"}
         if given and not scheme.modes and not config.recipe.names("w8a8"):
             raise ConfigError(
                 f"recipe rule {glob!r} gives {min(given)}, and scheme {scheme.name} quantises no "
                 "activations",
                 hint="add `precision: w8a8`",
+            )
+        if rule.method is not None and rule.precision is None and not scheme.has_methods:
+            raise ConfigError(
+                f"recipe rule {glob!r} gives a method, and scheme {scheme.name} has none",
+                hint="add `precision: w4a16`",
             )
         modes = [_modes(name, config, target) for name in matched]
         if rule.ranges is not None and all("static" not in found for found in modes):

@@ -20,6 +20,7 @@ from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
 from qcompile.choosing import decide, scheme_choice
+from qcompile.codes import find_codes
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
@@ -27,7 +28,7 @@ from qcompile.last import keep_last
 from qcompile.limits import broken_limits, check_limits, check_plan_paths, check_target
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
-from qcompile.options import find_options, needs_ranges, require_any
+from qcompile.options import find_options, needs_ranges, require_any, scales_channels
 from qcompile.passes.attention_3d import AttentionTo3D
 from qcompile.passes.canonical_linear import CanonicalLinear
 from qcompile.passes.fuse_attention import FuseAttention
@@ -94,6 +95,8 @@ def compile_model(
     if not chosen_scheme.quantizes and config.plans:
         raise ConfigError(f"scheme {scheme} plans nothing, so {config.plans[0]} has no effect")
     check_target(chosen_target, chosen_scheme, config)
+    if chosen_scheme.method is not None:
+        config = config.model_copy(update={"method": chosen_scheme.method})
     if chosen_scheme.cache_bits is not None:
         config = config.model_copy(update={"cache": True})
     check_plan_paths(config)
@@ -153,7 +156,7 @@ def _compile(
         options = find_options(sites, config, scheme, target)
         require_any(options, graph)
         chosen = replayed.chosen(options, sites, target) if replayed else scheme_choice(options)
-        if needs_ranges(options, chosen):
+        if needs_ranges(options, chosen) or scales_channels(chosen, config):
             with phases.phase("calibrate") as step:
                 stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
                 stats = calibrate(
@@ -168,7 +171,9 @@ def _compile(
                 decision = decide(measured, config)
                 chosen = decision.chosen
         importance = decision.measured.importance if decision is not None else None
-        apply = partial(_apply, model, stats, replayed, importance, config, target, work, phases)
+        apply = partial(
+            _apply, model, stats, data, replayed, importance, config, target, work, phases
+        )
         if decision is not None and config.max_kl is not None:
             tried = partial(tried_kl, target, traced_path, model.kind, data.held_back, work)
             decision, (graph, smoothing, plan) = keep_within(
@@ -244,6 +249,7 @@ def _lowered_float(
 def _apply(
     model: TracedModel,
     stats: Mapping[str, Stats],
+    data: CalibrationData,
     replayed: PlanFile | None,
     importance: Importance | None,
     config: CompileConfig,
@@ -265,9 +271,13 @@ def _apply(
         graph = spill(graph, work, stem)
         release(model.ir)
     with phases.phase("quantize") as step:
-        plan = plan_precision(
-            find_sites(graph.graph), stats, smoothing, chosen, config, target, progress=step
+        codes = find_codes(
+            graph, chosen, stats, smoothing, config, data.calibration, work, progress=step
         )
+        plan = plan_precision(
+            find_sites(graph.graph), stats, smoothing, chosen, config, target, codes=codes,
+            progress=step,
+        )  # fmt: skip
         release(graph)
     return graph, smoothing, plan
 

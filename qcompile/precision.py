@@ -59,27 +59,35 @@ class ActivationQuant:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedWeight:
-    """Symmetric codes, per output channel or in blocks of input channels: ``W ≈ codes * scale``.
+    """Codes per output channel, or in blocks of inputs: ``W ≈ (codes − zero_point) · scale``.
 
     Attributes:
         codes: int8 [K, N]; K counts the copies of outlier channels.
         scale: float32 [N], or [K / block_size, N].
         block_size: input channels that share a scale; None: all of them do.
         bits: of a code, 8 or 4.
+        zero_point: int8 of the shape of `scale`, the codes of zero; None: they are zeros.
     """
 
     codes: Array
     scale: Array
     block_size: int | None = None
     bits: int = 8
+    zero_point: Array | None = None
 
     def dequantized(self) -> Array:
         """The float32 weight [K, N] that the codes stand for."""
-        scale = self.scale
-        if self.block_size is not None:
-            scale = np.repeat(scale, self.block_size, axis=0)[: len(self.codes)]
-        result: Array = self.codes * scale
+        result: Array = self.codes.astype(np.float32)
+        if self.zero_point is not None:
+            result -= self._of_rows(self.zero_point)
+        result *= self._of_rows(self.scale)
         return result
+
+    def _of_rows(self, values: Array) -> Array:
+        if self.block_size is None:
+            return values
+        repeated: Array = np.repeat(values, self.block_size, axis=0)[: len(self.codes)]
+        return repeated
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Final
 
 from qcompile.config import Activations
 from qcompile.errors import ConfigError
+from qcompile.methods import METHODS, Method
 from qcompile.precision import MODES, Floats, Label
 
 
@@ -20,6 +21,8 @@ class Scheme:
         labels: the implementations that it names; of several modes, the target says which first.
         floats: the type of what stays floating point; None: the one that the target is fastest in.
         cache_bits: of the codes that keys and values are kept in; None: they are kept in float.
+        method: how weights are rounded whose activation stays in float; None: the configuration
+            says.
     """
 
     name: str
@@ -27,11 +30,17 @@ class Scheme:
     labels: tuple[Label, ...] = ()
     floats: Floats | None = None
     cache_bits: int | None = None
+    method: Method | None = None
 
     @property
     def base(self) -> str:
-        """The name without the cache."""
-        return self.name.removesuffix(f"kv{self.cache_bits}")
+        """The name without cache and method."""
+        return self.name.partition(":")[0].removesuffix(f"kv{self.cache_bits}")
+
+    @property
+    def has_methods(self) -> bool:
+        """Whether it is of weights alone, in blocks of integers."""
+        return bool(self.labels) and set(self.labels) <= {"weight8", "weight4"}
 
     @property
     def calibrates(self) -> bool:
@@ -55,8 +64,8 @@ SCHEMES: Final = {
         Scheme("fp32", "traced and fused, nothing quantised: the baseline", floats="float32"),
         Scheme("fp16", "as fp32, in float16: the baseline on a GPU", floats="float16"),
         Scheme("w8a8", "int8 weights per output channel, 8-bit activations, SmoothQuant", MODES),
-        Scheme("w8a16", "int8 weights per block of 32, rounded to nearest", ("weight8",)),
-        Scheme("w4a16", "int4 weights per block of 32, rounded to nearest", ("weight4",)),
+        Scheme("w8a16", "int8 weights in blocks, activations in float", ("weight8",)),
+        Scheme("w4a16", "int4 weights in blocks, activations in float", ("weight4",)),
     )
 }
 
@@ -66,14 +75,21 @@ CACHES: Final = {"kv8": 8, "kv4": 4}
 
 
 def get_scheme(name: str) -> Scheme:
-    """The scheme `name`, which may end in one of `CACHES`: ``w8a8kv8``.
+    """The scheme `name`, which may end in one of `CACHES`, ``w8a8kv8``, and in a method after a
+    colon, ``w4a16:gptq``.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or it has no such method.
     """
-    suffix = next((suffix for suffix in CACHES if name.endswith(suffix)), "")
-    scheme = SCHEMES.get(name.removesuffix(suffix))
+    whole, colon, method = name.partition(":")
+    suffix = next((suffix for suffix in CACHES if whole.endswith(suffix)), "")
+    scheme = SCHEMES.get(whole.removesuffix(suffix))
     if scheme is None:
         hint = f"one of {', '.join(SCHEMES)}; {' or '.join(CACHES)} may follow"
         raise ConfigError(f"unknown scheme {name!r}", hint=hint)
-    return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix))
+    known = next((each for each in METHODS if each == method), None)
+    if colon and not scheme.has_methods:
+        raise ConfigError(f"scheme {scheme.name} has no methods, so {method!r} has no effect")
+    if colon and known is None:
+        raise ConfigError(f"unknown method {method!r}", hint=f"one of {', '.join(METHODS)}")
+    return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix), method=known)
