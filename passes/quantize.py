@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused
 from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, QUANTIZE, per_token_functions
+from qcompile.passes.table_codes import NAME, table_function
 
 from qcompile.linears import Linear, find_linears
 from qcompile.names import set_module_path
@@ -21,11 +22,12 @@ class Quantize(ir.passes.InPlacePass):
     3. token: ``x -> qcompile.QuantizePerToken -> qcompile.DequantizePerToken``, model-local
        functions with bodies in standard ops
 
-    and each planned MatMul reads ``DequantizeLinear(codes, scale, axis=1)`` for its weight, or
+    and each planned MatMul reads ``DequantizeLinear(codes, scale, axis=1)`` for its weight,
     ``DequantizeLinear(codes, scale, [zero_point], axis=0, block_size)`` where its scales are per
-    block; an op of weight-only precision goes on reading x. Outlier channels that are split are
-    gathered as often as they are copied, shifted, quantised by a coarser scale and appended. The
-    result is a valid ONNX model that any runtime computes; a target replaces it by kernels.
+    block, or ``qcompile.DequantizeTable(codes, scale, table)``, a model-local function, where codes
+    are indices; an op of weight-only precision goes on reading x. Outlier channels that are split
+    are gathered as often as they are copied, shifted, quantised by a coarser scale and appended.
+    The result is a valid ONNX model that any runtime computes; a target replaces it by kernels.
     """
 
     def __init__(self, plan: PrecisionPlan) -> None:
@@ -48,6 +50,10 @@ class Quantize(ir.passes.InPlacePass):
         for op in planned:
             if op.precision != "int8":
                 linear = linears[op.name]
+                if op.weight is not None and op.weight.table is not None:
+                    function = table_function()
+                    model.functions.setdefault(function.identifier(), function)
+                    model.graph.opset_imports[DOMAIN] = 1
                 _quantize_weight(model.graph, linear, op, linear.x)
         drop_unused(model)
         return ir.passes.PassResult(model, modified=True)
@@ -77,18 +83,24 @@ class Quantize(ir.passes.InPlacePass):
 def _quantize_weight(graph: ir.Graph, linear: Linear, op: OpPlan, x_hat: ir.Value) -> None:
     weight = op.weight
     assert weight is not None, f"{op.name} is planned {op.precision} without codes"
-    stored = weight.codes if weight.bits == 8 else weight.codes.astype(ml_dtypes.int4)
-    codes = constant(graph, f"{op.name}.weight_int{weight.bits}", stored)
     scale = constant(graph, f"{op.name}.weight_scale", weight.scale)
-    parameters = [codes, scale]
-    if weight.zero_point is not None:
-        points = weight.zero_point.astype(stored.dtype)
-        parameters.append(constant(graph, f"{op.name}.weight_zero_point", points))
-    attributes = {"axis": 1}
-    if weight.block_size is not None:
-        attributes = {"axis": 0, "block_size": weight.block_size}
     tape = ir.tape.Tape()
-    w_hat = tape.op("DequantizeLinear", parameters, attributes)
+    if weight.table is not None:
+        assert weight.block_size is not None
+        blocks = weight.codes.astype(np.uint8).reshape(-1, weight.block_size, linear.out_features)
+        codes = constant(graph, f"{op.name}.weight_codes", blocks)
+        table = constant(graph, f"{op.name}.weight_table", weight.table)
+        w_hat = tape.op(NAME, [codes, scale, table], domain=DOMAIN)
+    else:
+        stored = weight.codes if weight.bits == 8 else weight.codes.astype(ml_dtypes.int4)
+        parameters = [constant(graph, f"{op.name}.weight_int{weight.bits}", stored), scale]
+        if weight.zero_point is not None:
+            points = weight.zero_point.astype(stored.dtype)
+            parameters.append(constant(graph, f"{op.name}.weight_zero_point", points))
+        attributes = {"axis": 1}
+        if weight.block_size is not None:
+            attributes = {"axis": 0, "block_size": weight.block_size}
+        w_hat = tape.op("DequantizeLinear", parameters, attributes)
     w_hat.shape = ir.Shape(weight.codes.shape)
     w_hat.dtype = ir.DataType.FLOAT
     for node in tape.nodes:

@@ -15,6 +15,7 @@ import numpy as np
 
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError
+from qcompile.float4 import as_float4
 from qcompile.gradients import Importance
 from qcompile.labelling import Cost, Item, Problem, Solution, front, solve
 from qcompile.linears import Linear, Site
@@ -239,6 +240,8 @@ def weight_bytes(
     wide = FLOAT_BYTES[floats]
     if label == "float":
         return 0 if linear.tied else wide * size // linear.shared
+    if as_float4(label) is not None:
+        return size // 2 + wide * blocks
     if label == "weight8" or label == "weight4":
         bits = 8 if label == "weight8" else 4
         points = linear.out_features * -(-depth * bits // 8) if zero_points else 0

@@ -63,7 +63,8 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
     in_blocks = scheme.has_methods or any(config.recipe.names(k) for k in ("w8a16", "w4a16"))
     for field in ("method", "block_size", "symmetric"):
         asked = getattr(config, field) != CompileConfig.model_fields[field].default
-        if asked and not (in_blocks or (field != "method" and scheme.modes)):
+        sized = field == "block_size" and bool(scheme.labels)
+        if asked and not (in_blocks or sized or (field == "symmetric" and scheme.modes)):
             raise ConfigError(
                 f"scheme {scheme.name} has no weights in blocks, so {field} has no effect"
             )

@@ -16,6 +16,7 @@ from qcompile.calibration.stats import Stats
 from qcompile.choosing import Measured
 from qcompile.config import CompileConfig
 from qcompile.costs import default_path, open_costs
+from qcompile.float4 import BLOCK_SIZE as FLOAT4_BLOCK
 from qcompile.gradients import Gradients, Importance, measure_gradients
 from qcompile.linears import find_sites
 from qcompile.makers import maker_of
@@ -92,9 +93,15 @@ def measure(
         measured,
         importance=importance,
         how=how,
-        block_size=config.block_size or BLOCK_SIZE,
+        block_size=config.block_size or _block_size(options),
         zero_points=not is_symmetric(config.method, config.symmetric),
     )
+
+
+def _block_size(options: Mapping[str, Options]) -> int:
+    """Of weights in blocks, where nobody asked for one."""
+    labels = {label for found in options.values() for label in found.labels}
+    return FLOAT4_BLOCK if labels & {"nf4", "fp4"} else BLOCK_SIZE
 
 
 def measure_times(

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qcompile.config import Activations, CompileConfig, SiteRule
 from qcompile.errors import ConfigError, ModelError
+from qcompile.float4 import BLOCK_SIZE, as_float4
 from qcompile.linears import Linear, Site
 from qcompile.methods import FOLDED
 from qcompile.outliers import can_split
@@ -180,6 +181,10 @@ def _options(linear: Linear, config: CompileConfig, scheme: Scheme, target: Targ
         labels = tuple(k for k in scheme.labels if target.capability("MatMul", k) is not None)
         if not labels:
             return Options(("float",), f"{target.name} has no kernel for {scheme.labels[0]}")
+        size = config.block_size or BLOCK_SIZE
+        if as_float4(labels[0]) is not None and linear.in_features % size:
+            reason = f"{linear.in_features} input channels are no multiple of the block's {size}"
+            return Options(("float",), f"no {labels[0]} kernel of {target.name} takes it: {reason}")
         return Options((*labels, "float"), _scheme_reason(linear, scheme))
     refusal = target.refusal(linear.in_features, linear.out_features)
     if refusal is not None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from qcompile.calibration.ranges import static_range
 from qcompile.calibration.stats import Stats
 from qcompile.config import CompileConfig
+from qcompile.float4 import BLOCK_SIZE, as_float4, quantize_float4
 from qcompile.linears import Linear, Site
 from qcompile.outliers import find_split
 from qcompile.precision import (
@@ -94,6 +95,9 @@ def plan_precision(
                 )
             elif codes is not None and linear.name in codes:
                 weight = codes[linear.name]
+            elif (kind := as_float4(choice.precision)) is not None:
+                size = config.block_size or BLOCK_SIZE
+                weight = quantize_float4(weights(linear), kind, block_size=size)
             elif choice.precision != "float":
                 rounding = rounding_of(linear.name, choice.precision, config)
                 assert rounding is not None

@@ -13,11 +13,13 @@ from qcompile.outliers import Split
 
 Array = npt.NDArray[Any]
 
-Precision: TypeAlias = Literal["float", "int8", "weight8", "weight4"]
+Precision: TypeAlias = Literal["float", "int8", "weight8", "weight4", "nf4", "fp4"]
 """What an op computes with; ``weight8`` and ``weight4`` leave its activation to the kernel, which
-takes float and rounds it for itself."""
+takes float and rounds it for itself; ``nf4`` and ``fp4`` leave it in float."""
 
-Label: TypeAlias = Literal["float", "static", "dynamic", "token", "split", "weight8", "weight4"]
+Label: TypeAlias = Literal[
+    "float", "static", "dynamic", "token", "split", "weight8", "weight4", "nf4", "fp4"
+]
 """An implementation that can be chosen for an op; a mode stands for INT8 in that mode, ``split``
 for static INT8 with outlier channels on several channels each (`qcompile.outliers`)."""
 
@@ -67,6 +69,7 @@ class QuantizedWeight:
         block_size: input channels that share a scale; None: all of them do.
         bits: of a code, 8 or 4.
         zero_point: int8 of the shape of `scale`, the codes of zero; None: they are zeros.
+        table: float32 [2^bits], what the codes are indices of; None: they are the values.
     """
 
     codes: Array
@@ -74,10 +77,13 @@ class QuantizedWeight:
     block_size: int | None = None
     bits: int = 8
     zero_point: Array | None = None
+    table: Array | None = None
 
     def dequantized(self) -> Array:
         """The float32 weight [K, N] that the codes stand for."""
         result: Array = self.codes.astype(np.float32)
+        if self.table is not None:
+            result = self.table[self.codes]
         if self.zero_point is not None:
             result -= self._of_rows(self.zero_point)
         result *= self._of_rows(self.scale)
@@ -106,8 +112,8 @@ class Choice:
 
     @property
     def precision(self) -> Precision:
-        if self.label == "float" or self.label == "weight8" or self.label == "weight4":
-            return self.label
+        if self.mode is None:
+            return self.label  # type: ignore[return-value]
         return "int8"
 
 

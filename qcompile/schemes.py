@@ -66,6 +66,8 @@ SCHEMES: Final = {
         Scheme("w8a8", "int8 weights per output channel, 8-bit activations, SmoothQuant", MODES),
         Scheme("w8a16", "int8 weights in blocks, activations in float", ("weight8",)),
         Scheme("w4a16", "int4 weights in blocks, activations in float", ("weight4",)),
+        Scheme("nf4", "NormalFloat4 weights in blocks of 64, activations in float", ("nf4",)),
+        Scheme("fp4", "as nf4, with 4-bit floats", ("fp4",)),
     )
 }
 
@@ -87,6 +89,11 @@ def get_scheme(name: str) -> Scheme:
     if scheme is None:
         hint = f"one of {', '.join(SCHEMES)}; {' or '.join(CACHES)} may follow"
         raise ConfigError(f"unknown scheme {name!r}", hint=hint)
+    if method == "dq" and scheme.labels in (("nf4",), ("fp4",)):
+        raise ConfigError(
+            "double quantisation of the scales: ONNX Runtime's MatMulBnb4 takes them as floats",
+            hint=f"{scheme.name} has 4.5 bits a weight in blocks of 64; --block-size 128 has 4.25",
+        )
     known = next((each for each in METHODS if each == method), None)
     if colon and not scheme.has_methods:
         raise ConfigError(f"scheme {scheme.name} has no methods, so {method!r} has no effect")

@@ -189,8 +189,8 @@ def test_other_sizes_of_block(bits: Bits, block_size: int) -> None:
     close(run_model(model, {"x": x})["y"], rounded(x, block_size) @ restored(weight))
 
 
-ASYMMETRIC = """g (float[M,80] x, int{bits}[80,20] wq, float[{blocks},20] ws, int{bits}[{blocks},20] wz)
-  => (float[M,20] y) {{
+ASYMMETRIC = """g (float[M,80] x, int{bits}[80,20] wq, float[{blocks},20] ws,
+  int{bits}[{blocks},20] wz) => (float[M,20] y) {{
   v = DequantizeLinear <axis = 0, block_size = {size}> (wq, ws, wz) y = MatMul (x, v) }}"""
 
 
