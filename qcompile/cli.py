@@ -10,12 +10,15 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from qcompile.errors import QcompileError
+
+if TYPE_CHECKING:
+    from qcompile.config import CompileConfig
 
 _INTERRUPTED = 130
 
@@ -54,6 +57,10 @@ def cli() -> None:
 @click.argument("model")
 @click.option("--target", default="ort-cpu", show_default=True, help="See `qcompile targets`.")
 @click.option("--scheme", default="w8a8", show_default=True, help="See `qcompile schemes`.")
+@click.option(
+    "--compare",
+    help="Several schemes, like w8a8,w4a16:gptq: each into a folder of its own, and one table.",
+)
 @click.option(
     "-o",
     "--output",
@@ -148,6 +155,7 @@ def compile_command(
     model: str,
     target: str,
     scheme: str,
+    compare: str | None,
     output: Path | None,
     calibration: str | None,
     recipe: Path | None,
@@ -175,6 +183,9 @@ def compile_command(
         recipe=Recipe.read(recipe) if recipe else Recipe(),
         **options,
     )
+    if compare is not None:
+        _compare(model, target, compare, calibration, config, output, overwrite, as_json, quiet)
+        return
     # What can be known to be wrong without the model is said before torch is imported.
     get_target(target)
     get_scheme(scheme)
@@ -204,6 +215,51 @@ def compile_command(
         click.echo(json.dumps({"path": str(artifact.path), **artifact.report.summary()}, indent=1))
     elif not quiet:
         print_summary(artifact, _stdout())
+
+
+def _compare(
+    model: str,
+    target: str,
+    names: str,
+    calibration: str | None,
+    config: CompileConfig,
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from qcompile import default_output
+    from qcompile.schemes import get_scheme
+    from qcompile.staging import check_output
+    from qcompile.targets import get_target
+
+    # The parts of a list: `qcompile.comparing` imports torch.
+    get_target(target)
+    for name in filter(None, (name.strip() for name in names.split(","))):
+        get_scheme(name)
+    folder = output or default_output(model, target, "compare")
+    check_output(folder, overwrite=overwrite)
+
+    from qcompile.comparing import compare_schemes, parse_schemes
+    from qcompile.summary import comparison_table
+
+    console = Console(stderr=True)
+    rows = compare_schemes(
+        model,
+        parse_schemes(names),
+        target=target,
+        calibration=calibration,
+        config=config,
+        output=folder,
+        overwrite=overwrite,
+        console=console if console.is_terminal and not quiet else None,
+    )
+    if as_json:
+        click.echo(
+            json.dumps({"path": str(folder), "rows": [r.model_dump() for r in rows]}, indent=1)
+        )
+    elif not quiet:
+        _stdout().print(comparison_table(rows, f"{model} → {folder}"))
 
 
 @cli.command("targets", short_help="List targets and what they can run.")

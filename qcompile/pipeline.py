@@ -86,6 +86,50 @@ def compile_model(
     Raises:
         QcompileError: anything that cannot be done; nothing is left at `output` then.
     """
+    chosen_target, chosen_scheme, config = checked(target, scheme, calibration, config)
+    with staged(output, overwrite=overwrite) as (folder, work):
+        shared = Shared(source, calibration, work)
+        report = compile_shared(
+            shared, chosen_target, target, chosen_scheme, config, folder, phases or Phases()
+        )
+    if config.plan_out is not None:
+        shutil.copyfile(output / PLAN, config.plan_out)
+    return artifact.Artifact(path=output, report=report)
+
+
+@dataclasses.dataclass
+class Shared:
+    """What compilations of one model, by several schemes, have in common: made once, when it is
+    first asked for.
+
+    Attributes:
+        source: the model.
+        calibration: as the user gave it.
+        work: folder for graphs.
+        model: traced, in its canonical form.
+        data: what calibrates, and what is held back.
+        stats: of every site; kept where there are several schemes.
+        several: whether there are.
+    """
+
+    source: frontend.Source
+    calibration: Calibration
+    work: Path
+    model: TracedModel | None = None
+    data: CalibrationData | None = None
+    stats: Mapping[str, Stats] | None = None
+    several: bool = False
+
+
+def checked(
+    target: str, scheme: str, calibration: Calibration, config: CompileConfig
+) -> tuple[Target, Scheme, CompileConfig]:
+    """What the names stand for, and `config` as the scheme completes it.
+
+    Raises:
+        ConfigError: what can be known to be wrong before anything is computed.
+        CalibrationError: there is no such file.
+    """
     chosen_target, chosen_scheme = get_target(target), get_scheme(scheme)
     if config.recipe.rules and not chosen_scheme.quantizes:
         raise ConfigError(
@@ -102,34 +146,25 @@ def compile_model(
     check_plan_paths(config)
     if isinstance(calibration, str | Path):
         check_calibration_path(Path(calibration))
-    with staged(output, overwrite=overwrite) as (folder, work):
-        report = _compile(
-            source, chosen_target, target, chosen_scheme, calibration, config, folder, work,
-            phases or Phases(),
-        )  # fmt: skip
-    if config.plan_out is not None:
-        shutil.copyfile(output / PLAN, config.plan_out)
-    return artifact.Artifact(path=output, report=report)
+    return chosen_target, chosen_scheme, config
 
 
-def _compile(
-    source: frontend.Source,
+def compile_shared(
+    shared: Shared,
     target: Target,
     target_spec: str,
     scheme: Scheme,
-    calibration: Calibration,
     config: CompileConfig,
     folder: Path,
-    work: Path,
     phases: Phases,
 ) -> Report:
+    """Compile into `folder`, which is there and empty; what `shared` lacks is added to it."""
+    work = shared.work
     with phases.phase("trace"):
-        model = frontend.load(source, config, work)
-        check_shapes(config.shapes, model)
+        model = shared.model or _traced(shared.source, config, work)
+        shared.model = model
         check_limits(config, model)
         traced_path = work / "traced.onnx"
-        run(model.ir, [pass_() for pass_ in CANONICALIZE])
-        model.ir = spill(model.ir, work, "canonical")
 
     cached = (KvCache(),) if config.cache else ()
     lowered = partial(_lowered_float, model, target)
@@ -141,7 +176,10 @@ def _compile(
     planned_path = lowered((), target.floats, work / "planned.onnx") if cached else baseline_path
 
     with phases.phase("data") as step:
-        data = _calibration_data(calibration, model, config, scheme, work, step)
+        data = shared.data or _calibration_data(
+            shared.calibration, model, config, scheme, work, step
+        )
+        shared.data = data
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
     graph, decision = model.ir.clone(), None
@@ -159,9 +197,12 @@ def _compile(
         if needs_ranges(options, chosen) or scales_channels(chosen, config):
             with phases.phase("calibrate") as step:
                 stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
-                stats = calibrate(
+                found = shared.stats or calibrate(
                     graph, sites, data.calibration, work, histogram_stride=stride, progress=step
                 )
+                shared.stats = found if shared.several else None
+                stats = dict(found)
+                del found
         measurable = target.unmeasured is None or config.costs is not None
         if replayed is None and config.objective != "scheme" and measurable:
             with phases.phase("plan") as step:
@@ -230,6 +271,14 @@ def _compile(
         folder, model, target, report, plan, cache, config, data.held_back[0], traced_path
     )
     return report
+
+
+def _traced(source: frontend.Source, config: CompileConfig, work: Path) -> TracedModel:
+    model = frontend.load(source, config, work)
+    check_shapes(config.shapes, model)
+    run(model.ir, [pass_() for pass_ in CANONICALIZE])
+    model.ir = spill(model.ir, work, "canonical")
+    return model
 
 
 def _lowered_float(

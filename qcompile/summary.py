@@ -11,6 +11,7 @@ from rich.table import Table
 
 from qcompile.artifact import Artifact
 from qcompile.benching import Rate
+from qcompile.comparing import Row
 from qcompile.precision import LABELS
 from qcompile.report import Cache, CandidateRow, Planning, Report
 from qcompile.targets import Target
@@ -203,3 +204,22 @@ def rates_table(rates: Sequence[Rate]) -> Table:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
+
+
+def comparison_table(rows: Sequence[Row], title: str) -> Table:
+    """One scheme a line: size, what it does to accuracy, how fast."""
+    made = [row for row in rows if row.error is None]
+    figures = [name for name in _FIGURES if any(name in row.accuracy for row in made)]
+    shapes = list(dict.fromkeys(shape for row in made for shape in row.speed))
+    table = Table(title=escape(title))
+    for heading in ("scheme", "size", *(_FIGURES[name][0] for name in figures)):
+        table.add_column(heading)
+    for shape in shapes:
+        table.add_column(f"speed at {shape}")
+    table.add_column("")
+    for row in rows:
+        cells = [f"{row.accuracy[name]:.4g}" if name in row.accuracy else "" for name in figures]
+        cells += [f"{row.speed[shape]:.2f}" if shape in row.speed else "" for shape in shapes]
+        size = "" if row.error is not None else _megabytes(row.bytes)
+        table.add_row(row.scheme, size, *cells, escape(row.error or ""))
+    return table
