@@ -229,24 +229,24 @@ def _compare(
     quiet: bool,
 ) -> None:
     from qcompile import default_output
-    from qcompile.schemes import get_scheme
+    from qcompile.schemes import get_scheme, parse_schemes
     from qcompile.staging import check_output
     from qcompile.targets import get_target
 
-    # The parts of a list: `qcompile.comparing` imports torch.
+    schemes = parse_schemes(names)
     get_target(target)
-    for name in filter(None, (name.strip() for name in names.split(","))):
+    for name in schemes:
         get_scheme(name)
     folder = output or default_output(model, target, "compare")
     check_output(folder, overwrite=overwrite)
 
-    from qcompile.comparing import compare_schemes, parse_schemes
+    from qcompile.comparing import compare_schemes
     from qcompile.summary import comparison_table
 
     console = Console(stderr=True)
     rows = compare_schemes(
         model,
-        parse_schemes(names),
+        schemes,
         target=target,
         calibration=calibration,
         config=config,

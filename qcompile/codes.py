@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.calibration.stats import Stats
 from qcompile.clipping import clipped_range
 from qcompile.config import CompileConfig
-from qcompile.gptq import quantize_gptq
+from qcompile.gptq import importance_in_blocks, quantize_gptq
 from qcompile.hqq import quantize_hqq
 from qcompile.linears import Linear, find_sites
 from qcompile.methods import SEQUENTIAL
@@ -73,13 +72,12 @@ def find_codes(
     if not in_turn:
         return found
 
-    def round_(linear: Linear, gram: Array, drift: Array) -> QuantizedWeight:
+    def round_(linear: Linear, gram: Array) -> QuantizedWeight:
         rounding = roundings[linear.name]
         assert rounding is not None
         return quantize_gptq(
             weight_of(linear),
             gram,
-            drift,
             bits=rounding.bits,
             block_size=rounding.block_size,
             symmetric=rounding.symmetric,
@@ -95,8 +93,6 @@ def _alone(weight: Array, rounding: Rounding, moment: Array | None) -> Quantized
     blocks = in_blocks(weight, rounding.block_size)
     counts = None
     if moment is not None:
-        padded = np.pad(moment, (0, -len(moment) % rounding.block_size))
-        counts = np.maximum(padded / max(float(moment.mean()), 1e-30), 1e-4)
-        counts = counts.reshape(-1, rounding.block_size)
+        counts = importance_in_blocks(moment, rounding.block_size)
     grid = clipped_range(blocks, counts, bits=rounding.bits, symmetric=rounding.symmetric)
     return grid.weight(grid.nearest(blocks), len(weight))

@@ -44,21 +44,6 @@ class Row(pydantic.BaseModel):
     seconds: float = 0.0
 
 
-def parse_schemes(text: str) -> list[str]:
-    """``w8a8,w4a16:gptq`` as a list.
-
-    Raises:
-        ConfigError: it is empty, or names one twice.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise ConfigError("compare names no scheme")
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"compare names {twice} twice")
-    return names
-
-
 def compare_schemes(
     source: frontend.Source,
     schemes: Sequence[str],

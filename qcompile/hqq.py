@@ -3,9 +3,9 @@
 The zero point z of each block is moved to lessen Σ |w − ŵ|^p with p < 1, which forgives outliers.
 That is solved by halves: an auxiliary error e takes the outliers (a shrinkage of w − ŵ), and z
 follows as the mean of code − (w − e) / scale. In the paper z is a float and the range is the
-block's own; here z is a whole code, as the kernel has it, and shrunk ranges are tried too. Of all that is
-tried a block takes what has the least squared error: whole zero points are too coarse to let the
-norm choose (it chose worse than rounding to nearest does, measured on both small models).
+block's own; here z is a whole code, as the kernel has it, and shrunk ranges are tried too. A block
+takes what has the least squared error of all that: chosen by the norm, whole zero points were worse
+than rounding to nearest (a Llama of 28 million parameters: KL 0.173 against 0.154).
 """
 
 from __future__ import annotations

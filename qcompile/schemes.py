@@ -66,6 +66,8 @@ SCHEMES: Final = {
         Scheme("w8a8", "int8 weights per output channel, 8-bit activations, SmoothQuant", MODES),
         Scheme("w8a16", "int8 weights in blocks, activations in float", ("weight8",)),
         Scheme("w4a16", "int4 weights in blocks, activations in float", ("weight4",)),
+        Scheme("w4a8", "as w4a16 where the kernel rounds activations to int8", ("weight4",)),
+        Scheme("mixed", "int4 or int8 weights in blocks, for --max-size", ("weight4", "weight8")),
         Scheme("nf4", "NormalFloat4 weights in blocks of 64, activations in float", ("nf4",)),
         Scheme("fp4", "as nf4, with 4-bit floats", ("fp4",)),
     )
@@ -100,3 +102,18 @@ def get_scheme(name: str) -> Scheme:
     if colon and known is None:
         raise ConfigError(f"unknown method {method!r}", hint=f"one of {', '.join(METHODS)}")
     return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix), method=known)
+
+
+def parse_schemes(text: str) -> list[str]:
+    """``w8a8,w4a16:gptq`` as a list.
+
+    Raises:
+        ConfigError: it is empty, or names one twice.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("compare names no scheme")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"compare names {twice} twice")
+    return names

@@ -25,9 +25,8 @@ from qcompile.spill import release
 from qcompile.traced import Batch
 
 Array: TypeAlias = npt.NDArray[Any]
-Round: TypeAlias = Callable[[Linear, Array, Array], QuantizedWeight]
-"""Codes of a Linear, from the second moments of its input x̂, Σ x̂ᵀx̂ and Σ x̂ᵀ(x − x̂), [K, K]
-each, where x is what the float graph has in the place of x̂."""
+Round: TypeAlias = Callable[[Linear, Array], QuantizedWeight]
+"""Codes of a Linear, whose input has the second moments Σ xᵀx, [K, K]."""
 
 ROWS: Final = 4096
 """Of an activation that are multiplied at once."""
@@ -54,19 +53,17 @@ def round_in_sequence(
     Raises:
         CalibrationError: an activation is NaN or infinite on this data.
     """
-    reference, model = model, model.clone()
+    model = model.clone()
     sites = [site for site in find_sites(model.graph) if names & {x.name for x in site.linears}]
     alive: list[Batch] = [dict(batch) for batch in batches]
-    exact: list[Batch] = [dict(batch) for batch in batches]
     found: dict[str, QuantizedWeight] = {}
     for done, (site, part) in enumerate(_parts(model, sites)):
-        _advance(reference, part, exact, work)
         _advance(model, part, alive, work)
-        gram, drift = _moments(alive, exact, site)
+        gram = _gram(alive, site)
         for linear in site.linears:
             if linear.name not in names:
                 continue
-            weight = round_(linear, gram, drift)
+            weight = round_(linear, gram)
             found[linear.name] = weight
             own = constant(model.graph, f"{linear.name}.rounded", weight.dequantized())
             linear.matmul.replace_input_with(1, own)
@@ -140,19 +137,17 @@ def _advance(model: ir.Model, part: _Part, alive: list[Batch], work: Path) -> No
             del batch[name]
 
 
-def _moments(alive: Sequence[Batch], exact: Sequence[Batch], site: Site) -> tuple[Array, Array]:
-    """Σ x̂ᵀx̂ and Σ x̂ᵀ(x − x̂) over all rows, float64 [K, K]."""
-    name, channels = str(site.x.name), site.channels
-    gram, drift = np.zeros((channels, channels)), np.zeros((channels, channels))
-    for batch, wanted in zip(alive, exact, strict=True):
-        rows, others = batch[name].reshape(-1, channels), wanted[name].reshape(-1, channels)
+def _gram(alive: Sequence[Batch], site: Site) -> Array:
+    """Σ xᵀx over all rows, float64 [K, K]."""
+    gram = np.zeros((site.channels, site.channels))
+    for batch in alive:
+        rows = batch[str(site.x.name)].reshape(-1, site.channels)
         for at in range(0, len(rows), ROWS):
             some = rows[at : at + ROWS]
             gram += some.T @ some
-            drift += some.T @ (others[at : at + ROWS] - some)
     if not np.isfinite(gram).all():
         raise CalibrationError(
             f"the input of {site.name} is NaN or infinite on the calibration data",
             hint="check the model in float on the same inputs",
         )
-    return gram, drift
+    return gram

@@ -55,7 +55,7 @@ class OrtCuda(Target):
     name = "ort-cuda"
     summary = "ONNX Runtime, CUDA provider, INT8 kernels of our own"
     variants = ("sm80", "sm89", "sm90")
-    schemes = ("fp32", "fp16", "w8a8", "w8a16", "w4a16")
+    schemes = ("fp32", "fp16", "w8a8", "w8a16", "w4a16", "mixed")
     floats = "float16"
     modes = ("token",)
     symmetric = True

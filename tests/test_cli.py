@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import qcompile
+from qcompile.methods import METHODS
 from tests.cli_runner import Outcome, RunCli
 
 KEYS = {
@@ -128,7 +129,9 @@ def test_schemes(run_cli: RunCli) -> None:
     outcome = run_cli("schemes")
     assert (outcome.status, outcome.stderr) == (0, "")
     names = [line.split()[0] for line in outcome.stdout.splitlines()]
-    assert names == ["fp32", "fp16", "w8a8", "w8a16", "w4a16", "…kv8", "…kv4"]
+    schemes = ["fp32", "fp16", "w8a8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4"]
+    methods = [f":{method}" for method in METHODS]
+    assert names == [*schemes, "Methods", *methods, "…kv8", "…kv4"]
 
 
 def test_inspect(run_cli: RunCli, compiled_tiny: qcompile.Artifact) -> None:
