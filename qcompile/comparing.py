@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pydantic
 from rich.console import Console
@@ -16,9 +16,7 @@ from qcompile.errors import ConfigError, QcompileError
 from qcompile.pipeline import Calibration, Shared, checked, compile_shared
 from qcompile.progress import Phases
 from qcompile.report import Report
-from qcompile.staging import staged
-
-TABLE: Final = "compare.json"
+from qcompile.staging import COMPARISON, staged
 
 
 class Row(pydantic.BaseModel):
@@ -57,8 +55,8 @@ def compare_schemes(
 ) -> list[Row]:
     """Compile `source` by each of `schemes` into a folder of its own below `output`.
 
-    Each ``output/SCHEME`` (a colon as a dash) is a whole artifact; ``output/compare.json`` holds
-    the rows. A scheme that fails is a row with the reason.
+    Each ``output/SCHEME`` (a colon as a dash) is a whole artifact; ``qcompile-compare.json`` beside
+    them holds the rows. A scheme that fails is a row with the reason.
 
     Raises:
         ConfigError: a name or an option is wrong, found before anything is computed.
@@ -93,7 +91,7 @@ def compare_schemes(
             raise errors[0]
         found = [rows[name] for name in schemes]
         dumped: list[dict[str, Any]] = [row.model_dump() for row in found]
-        (folder / TABLE).write_text(json.dumps(dumped, indent=1) + "\n", encoding="utf-8")
+        (folder / COMPARISON).write_text(json.dumps(dumped, indent=1) + "\n", encoding="utf-8")
     return found
 
 

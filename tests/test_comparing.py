@@ -12,6 +12,7 @@ import qcompile
 from qcompile import pipeline
 from qcompile.errors import ConfigError, OutputError
 from qcompile.schemes import parse_schemes
+from qcompile.staging import COMPARISON
 from tests.cli_runner import RunCli
 from tests.support import narrow
 
@@ -37,9 +38,9 @@ def test_each_scheme_is_an_artifact(
     assert sorted(calls) == ["calibrate", "load_calibration"]
     assert [row.scheme for row in rows] == schemes
     assert sorted(path.name for path in out.iterdir()) == [
-        "compare.json", "fp32", "w4a16-awq", "w8a8",
+        "fp32", "qcompile-compare.json", "w4a16-awq", "w8a8",
     ]  # fmt: skip
-    assert json.loads((out / "compare.json").read_text("utf-8")) == [r.model_dump() for r in rows]
+    assert json.loads((out / COMPARISON).read_text("utf-8")) == [r.model_dump() for r in rows]
     assert rows[0].accuracy["kl"] < rows[1].accuracy["kl"] < rows[2].accuracy["kl"]
     assert rows[2].bytes < rows[1].bytes < rows[0].bytes
     for row in rows:
@@ -74,7 +75,10 @@ def test_one_that_fails_is_a_row(tmp_path: Path) -> None:
     assert made.error is None and made.folder == "w4a16"
     assert failed.folder is None and failed.error is not None
     assert "no multiple of the block's 64" in failed.error
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["compare.json", "w4a16"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "qcompile-compare.json",
+        "w4a16",
+    ]
     with pytest.raises(qcompile.ModelError, match="no multiple"):
         qcompile.compare(
             narrow(tmp_path), ["nf4"], calibration=feeds, config=config, output=tmp_path / "none"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompile.clipping import clipped_range
@@ -37,6 +37,7 @@ def missed(weight: np.ndarray, found: np.ndarray, x: np.ndarray) -> np.ndarray:
     return error
 
 
+@settings(max_examples=30)
 @given(seeds, depths, bits_of_code, st.booleans())
 def test_gptq_is_never_worse_than_its_grid_rounded_to_nearest(
     seed: int, depth: int, bits: int, symmetric: bool
