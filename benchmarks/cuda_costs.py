@@ -31,7 +31,7 @@ from qcompile.stored import StoredTimes
 ROWS: Final = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 CHANNELS: Final = (256, 512, 1024, 2048, 4096, 8192, 16384, 28672)
 FEW: Final = (256, 1024, 4096, 16384)
-"""Channels that weights in blocks are timed at."""
+"""Channels that weights in blocks and in e4m3 are timed at."""
 
 MOST: Final = 1 << 28
 """Weights of a Linear; of larger ones, the table takes the throughput of the next smaller."""
@@ -63,7 +63,7 @@ def fill(prober: Prober, rows: tuple[int, ...], channels: tuple[int, ...], out: 
             if depth * width > MOST:
                 continue
             if depth in FEW and width in FEW:
-                labels += ["weight8", "weight4"]
+                labels += ["fp8", "weight8", "weight4"]
             for count in rows:
                 prober.linear(Shape(count, depth, width, False), labels)
         for count in rows:
@@ -79,7 +79,7 @@ def compare(table: CostTable, target: OrtCuda, work: Path) -> None:
     """Print how far the table is from times that are between its own."""
     stored = StoredTimes(table, target)
     fresh = Prober(target, CostTable(machine=target.machine()), work)
-    labels: list[Label] = ["float", "token"]
+    labels: list[Label] = ["float", "token", "fp8"]
     for sizes in BETWEEN:
         shape = Shape(*sizes, False)
         given, found = stored.linear(shape, labels), fresh.linear(shape, labels)

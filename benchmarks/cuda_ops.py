@@ -1,15 +1,18 @@
-"""INT8 GEMMs of the CUDA library against the provider's float16 MatMul, on the GPU at hand.
+"""INT8 and FP8 GEMMs of the CUDA library against the provider's float16 MatMul, on the GPU at hand.
 
-    python -m benchmarks.cuda_ops [--library PATH] [--json PATH] [--repeats N]
+    python -m benchmarks.cuda_ops [--library PATH] [--json PATH] [--repeats N] [--provider]
 
-For every shape, four graphs of the same layers, each layer with weights of its own:
+For every shape, four graphs of the same layers, each layer with weights of its own, and the right
+column once more in FP8:
 
     gemm     MatMul                        MatMulInt8, activations already codes
     alone    MatMul                        QuantizeInt8, MatMulInt8
     norm     LayerNormalization, MatMul    LayerNormInt8, MatMulInt8
     relu     Relu, MatMul                  ActivationInt8, MatMulInt8
 
-Inputs and outputs are bound to GPU memory; the float16 and the INT8 session run in turns in one
+`--provider` adds ONNX Runtime's own GemmFloat8 to `gemm`, without scales per token and channel.
+
+Inputs and outputs are bound to GPU memory; the sessions run in turns in one
 process, every run is synchronised, and the medians are compared. `captured` is the same under CUDA
 graph capture, where the host's time for a node does not count.
 """
@@ -36,18 +39,33 @@ BYTES_OF_WEIGHTS: Final = 400e6
 """Of int8, in one graph: several times the GPU's cache, so that no weight stays in it."""
 
 
-def text_of(kind: str, m: int, k: int, n: int, layers: int, int8: bool) -> str:
+CODES: Final = {"int8": ("Int8", "int8"), "fp8": ("Fp8", "float8e4m3fn")}
+"""Suffix of the operators, and type of the codes."""
+PROVIDER: Final = "GemmFloat8"
+E4M3: Final = 17
+"""ONNX's number of it; ONNX Runtime takes its bytes."""
+
+
+def text_of(kind: str, m: int, k: int, n: int, layers: int, side: str) -> str:
     """The graph as ONNX text: `layers` independent layers on one input."""
     inputs = [f"float16[{m}, {k}] x"]
     outputs, body = [], []
-    if int8 and kind == "gemm":
-        inputs = [f"int8[{m}, {k}] codes", f"float[{m}, 1] scale"]
+    coded = side in CODES
+    suffix, element = CODES.get(side, ("", "float8e4m3fn"))
+    if kind == "gemm" and side != "float16":
+        inputs = [f"{element}[{m}, {k}] codes", f"float[{m}, 1] scale"]
     for i in range(layers):
         outputs.append(f"float16[{m}, {n}] y{i}")
         source = {"gemm": "x", "alone": "x", "norm": f"h{i}", "relu": f"h{i}"}[kind]
         if kind == "norm":
             inputs += [f"float16[{k}] g{i}", f"float16[{k}] b{i}"]
-        if not int8:
+        if side == PROVIDER:
+            inputs += [f"{element}[{n}, {k}] w{i}", f"float[1] s{i}"]
+            inputs = [item for item in inputs if item != f"float[{m}, 1] scale"]
+            options = "transA=0, transB=1, dtype=10"
+            body.append(f'y{i} = com.microsoft.{PROVIDER}<{options}>(codes, w{i}, "", s{i}, s{i})')
+            continue
+        if not coded:
             inputs.append(f"float16[{k}, {n}] w{i}")
             if kind == "norm":
                 body.append(f"h{i} = LayerNormalization<axis=-1, epsilon=1e-5>(x, g{i}, b{i})")
@@ -57,24 +75,24 @@ def text_of(kind: str, m: int, k: int, n: int, layers: int, int8: bool) -> str:
                 body.append(f"h{i} = Relu(x{i})")
             body.append(f"y{i} = MatMul({source}, w{i})")
             continue
-        inputs += [f"int8[{n}, {k}] w{i}", f"float[{n}] s{i}"]
+        inputs += [f"{element}[{n}, {k}] w{i}", f"float[{n}] s{i}"]
         made = f"c{i}, t{i}"
         if kind == "gemm":
             made = ""
         elif kind == "alone":
             inputs.append(f"float16[{m}, {k}] x{i}")
-            body.append(f"{made} = qcompile.QuantizeInt8(x{i})")
+            body.append(f"{made} = qcompile.Quantize{suffix}(x{i})")
         elif kind == "norm":
-            body.append(f"{made} = qcompile.LayerNormInt8<epsilon=1e-5>(x, g{i}, b{i})")
+            body.append(f"{made} = qcompile.LayerNorm{suffix}<epsilon=1e-5>(x, g{i}, b{i})")
         else:
             inputs.append(f"float16[{m}, {k}] x{i}")
-            body.append(f'{made} = qcompile.ActivationInt8<kind="relu", packed=0>(x{i})')
+            body.append(f'{made} = qcompile.Activation{suffix}<kind="relu", packed=0>(x{i})')
         codes = made or "codes, scale"
-        body.append(f"y{i} = qcompile.MatMulInt8<dtype=10>({codes}, w{i}, s{i})")
-    if kind in ("alone", "relu") and (int8 or kind == "relu"):
+        body.append(f"y{i} = qcompile.MatMul{suffix}<dtype=10>({codes}, w{i}, s{i})")
+    if kind in ("alone", "relu") and (coded or kind == "relu"):
         inputs = [item for item in inputs if not item.endswith("] x")]
     return (
-        '<ir_version: 10, opset_import: ["" : 23, "qcompile" : 1]>\n'
+        '<ir_version: 10, opset_import: ["" : 23, "qcompile" : 1, "com.microsoft" : 1]>\n'
         f"layers ({', '.join(inputs)}) => ({', '.join(outputs)}) {{\n" + "\n".join(body) + "\n}"
     )
 
@@ -93,7 +111,11 @@ class Bound:
         )
         self.binding = self.session.io_binding()
         for value in self.session.get_inputs():
-            self.binding.bind_ortvalue_input(value.name, memory(pool, value, "in"))
+            here = memory(pool, value, "in")
+            if is_e4m3(value):
+                self.binding.bind_input(value.name, "cuda", 0, E4M3, value.shape, here.data_ptr())
+            else:
+                self.binding.bind_ortvalue_input(value.name, here)
         for value in self.session.get_outputs():
             self.binding.bind_ortvalue_output(value.name, memory(pool, value, "out"))
         for _ in range(3):
@@ -106,13 +128,20 @@ class Bound:
         return time.perf_counter() - start
 
 
+def is_e4m3(value: Any) -> bool:
+    """Whether an input takes bytes of e4m3."""
+    return "float8" in value.type.lower()
+
+
 def memory(pool: dict[str, Any], value: Any, role: str) -> Any:
     """GPU memory with random contents, kept by name, type and shape: graphs share it."""
     key = f"{role} {value.name} {value.type} {value.shape}"
     if key not in pool:
         rng = np.random.default_rng(len(pool))
         shape = tuple(value.shape)
-        if value.type == "tensor(int8)":
+        if is_e4m3(value):
+            array = rng.integers(0, 127, shape, np.uint8) | rng.integers(0, 2, shape, np.uint8) << 7
+        elif value.type == "tensor(int8)":
             array = rng.integers(-127, 128, shape, np.int8)
         elif value.type == "tensor(float16)":
             array = np.empty(shape, np.float16)
@@ -133,18 +162,19 @@ def compare(
     repeats: int,
     captured: bool,
     pool: dict[str, Any],
+    provider: bool,
 ) -> dict[str, Any]:
-    """Median times of a layer in µs, the two sessions in turns."""
+    """Median times of a layer in µs, the sessions in turns."""
     layers = int(max(2, min(8, BYTES_OF_WEIGHTS // (n * k))))
-    sides = [
-        Bound(text_of(kind, m, k, n, layers, int8), library, pool, captured)
-        for int8 in (False, True)
-    ]
-    times: list[list[float]] = [[], []]
+    names = ["float16", *CODES, *([PROVIDER] if provider and kind == "gemm" else [])]
+    sides = {
+        name: Bound(text_of(kind, m, k, n, layers, name), library, pool, captured) for name in names
+    }
+    times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
-        for side, kept in zip(sides, times, strict=True):
-            kept.append(side.time() / layers * 1e6)
-    half, int8 = (statistics.median(kept) for kept in times)
+        for name, side in sides.items():
+            times[name].append(side.time() / layers * 1e6)
+    medians = {name: statistics.median(kept) for name, kept in times.items()}
     return {
         "kind": kind,
         "m": m,
@@ -152,10 +182,9 @@ def compare(
         "n": n,
         "captured": captured,
         "layers": layers,
-        "float16_us": half,
-        "int8_us": int8,
-        "ratio": half / int8,
-        "quarters": [statistics.quantiles(kept, n=4) for kept in times],
+        "us": medians,
+        "ratios": {name: medians["float16"] / each for name, each in medians.items()},
+        "quarters": {name: statistics.quantiles(kept, n=4) for name, kept in times.items()},
     }
 
 
@@ -165,6 +194,8 @@ def main() -> None:
     parser.add_argument("--library", type=Path, help="built here when it is not given")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--provider", action="store_true", help="time GemmFloat8, too")
+    parser.add_argument("--plain", action="store_true", help="nothing under capture")
     arguments = parser.parse_args()
     library = arguments.library
     if library is None:
@@ -174,13 +205,16 @@ def main() -> None:
     rows = []
     for k, n in WEIGHTS:
         pool: dict[str, Any] = {}
-        for captured, m in itertools.product((False, True), ROWS):
+        for captured, m in itertools.product((False, True)[: 2 - arguments.plain], ROWS):
+            provider = arguments.provider and not captured
             made = [
-                compare(kind, m, k, n, library, arguments.repeats, captured, pool) for kind in KINDS
+                compare(kind, m, k, n, library, arguments.repeats, captured, pool, provider)
+                for kind in KINDS
             ]
             rows += made
             cells = "  ".join(
-                f"{r['kind']} {r['float16_us']:7.1f} {r['int8_us']:7.1f} {r['ratio']:.2f}x"
+                f"{r['kind']} {r['us']['float16']:7.1f}"
+                + "".join(f" {ratio:.2f}x" for ratio in list(r["ratios"].values())[1:])
                 for r in made
             )
             mode = "captured" if captured else "plain   "

@@ -1,4 +1,4 @@
-"""Time every tile of the INT8 GEMM on the GPU at hand: where ``tiles.py`` has its costs from.
+"""Time every tile of the GEMMs on the GPU at hand: where ``tiles.py`` has its costs from.
 
     python -m benchmarks.cuda_tiles CUBINS OUT.json [--rows 1,16,2048] [--weights 4096x4096]
 
@@ -46,9 +46,10 @@ class Kernel:
         self.cuda = cuda
         stored = json.loads(path.read_text(encoding="utf-8"))
         self.name = path.name.partition("_sm")[0]
-        numbers = self.name.removeprefix("gemm_hopper_").removeprefix("gemm_").split("_")
+        family, codes, *numbers = self.name.replace("gemm_hopper", "hopper").split("_")
+        self.codes = codes
         self.tile = tuple(map(int, numbers))
-        self.hopper = self.tile[5] > 0
+        self.hopper = family == "hopper"
         self.rows = self.tile[0] * max(self.tile[5], 1)
         self.threads, self.shared = stored["threads"], stored["shared"]
         self.boxes = stored["boxes"]
@@ -122,7 +123,7 @@ class Kernel:
             return m <= 16
         if self.rows == 32:
             return 8 < m <= 32
-        return m >= 16 if self.rows == 64 else m >= 64
+        return self.rows == 64 or m >= 64
 
 
 def measure(folder: Path, out: Path, rows: list[int], weights: list[tuple[int, int]]) -> None:
@@ -160,6 +161,9 @@ def measure(folder: Path, out: Path, rows: list[int], weights: list[tuple[int, i
         codes = [
             torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device) for _ in range(count)
         ]
+        # Bytes of e4m3 without the two that are NaN.
+        other = [torch.where(each == 127, 126, each) for each in codes]
+        by_type = {"int8": codes, "fp8": other}
         floats = [
             torch.randn(k, n, dtype=torch.float16, device=device) * 0.02 for _ in range(count)
         ]
@@ -183,7 +187,9 @@ def measure(folder: Path, out: Path, rows: list[int], weights: list[tuple[int, i
             for kernel in kernels:
                 if not kernel.suits(m):
                     continue
-                packed = [kernel.pack(x, w, y, scales) for w in codes[:launches]]
+                rows_of = x if kernel.codes == "int8" else torch.where(x == 127, 126, x)
+                weights_of = by_type[kernel.codes][:launches]
+                packed = [kernel.pack(rows_of, w, y, scales) for w in weights_of]
 
                 def work(kernel: Kernel = kernel, packed: Any = packed, m: int = m) -> None:
                     for arguments in packed:
@@ -191,7 +197,7 @@ def measure(folder: Path, out: Path, rows: list[int], weights: list[tuple[int, i
                         kernel.launch(arguments, m, n, multiprocessors, handle)  # noqa: B023
 
                 times[kernel.name] = timed(work, repeats) / launches
-            found.append({"m": m, "n": n, "k": k, "float16": base, "int8": times})
+            found.append({"m": m, "n": n, "k": k, "float16": base, "tiles": times})
             best = sorted(times.items(), key=lambda item: item[1])[:4]
             cells = "  ".join(f"{name[5:]} {t:.1f} {base / t:.2f}x" for name, t in best)
             print(f"M={m:5d} K={k:5d} N={n:5d}  float16 {base:7.1f}  {cells}", flush=True)

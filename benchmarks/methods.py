@@ -3,7 +3,7 @@
     python -m benchmarks.methods MODEL --calibration calib.txt --evaluation eval.txt
 
 All Linears of the decoder are rounded, the output head stays in float. Calibrates on 64 × 256
-tokens of one file, measures on 64 × 256 of the other, in plain sessions.
+tokens of one file, measures on as much of the other, in plain sessions.
 """
 
 from __future__ import annotations
@@ -35,14 +35,18 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, required=True)
     parser.add_argument("--target", default="ort-cpu")
     parser.add_argument("--block-size", type=int, choices=(32, 64, 128))
+    parser.add_argument("--blocks", choices=("asymmetric", "symmetric"), help="only these")
     parser.add_argument("--only", default="", help="e.g. w4a16:gptq,nf4")
+    parser.add_argument("--samples", type=int, default=64, help="to measure on")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     wanted = set(filter(None, arguments.only.split(",")))
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 1
-    feeds = list(windows(tokenizer, arguments.evaluation, bos, samples=64, length=256))
+    feeds = list(
+        windows(tokenizer, arguments.evaluation, bos, samples=arguments.samples, length=256)
+    )
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         baseline = qcompile.compile(
@@ -51,16 +55,16 @@ def main() -> None:
         )  # fmt: skip
         reference = session(baseline.path)
         for symmetric in (False, True, None):
+            kind = {None: "", True: "symmetric", False: "asymmetric"}[symmetric]
             schemes = [
                 scheme
-                for scheme, kind in SETTINGS
-                if kind is symmetric and (not wanted or scheme in wanted)
+                for scheme, of in SETTINGS
+                if of is symmetric and (not wanted or scheme in wanted)
             ]
-            if not schemes:
+            if not schemes or arguments.blocks not in (None, kind):
                 continue
-            # From the fp32 artifact: traced once, calibrated once.
             compared = qcompile.compare(
-                baseline.path / "model.onnx",
+                str(arguments.model),
                 schemes,
                 target=arguments.target,
                 calibration=arguments.calibration,
@@ -78,7 +82,6 @@ def main() -> None:
                 if row.folder is None:
                     raise SystemExit(f"{row.scheme}: {row.error}")
                 found = accuracy(reference, session(Path(scratch) / "compared" / row.folder), feeds)
-                kind = {None: "", True: "symmetric", False: "asymmetric"}[symmetric]
                 speed = {f"speed {shape}": ratio for shape, ratio in row.speed.items()}
                 own = {"scheme": row.scheme, "blocks": kind, "MB": row.bytes / 1e6}
                 rows.append({**own, **found, **speed, "seconds": row.seconds})

@@ -26,7 +26,7 @@ from qcompile.calibration.run import calibrate
 from qcompile.config import CompileConfig
 from qcompile.frontend.huggingface import load_huggingface
 from qcompile.linears import find_sites
-from qcompile.pipeline import CANONICALIZE, run
+from qcompile.pipeline import canonicalize, run
 from qcompile.session import open_session
 from qcompile.spill import spill
 
@@ -82,7 +82,7 @@ def feed(samples: int) -> dict[str, np.ndarray]:
 def calibration_ratio(model_folder: Path, work: Path) -> float:
     """Median over three turns of calibration time / time of the float graph on the same batches."""
     model = load_huggingface(str(model_folder), CompileConfig(), work)
-    run(model.ir, [pass_() for pass_ in CANONICALIZE])
+    run(model.ir, canonicalize())
     graph: ir.Model = spill(model.ir, work, "canonical")
     batches = [feed(8) for _ in range(SAMPLES // 8)]
     session = open_session(work / "canonical.onnx")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from qcompile.passes.matching import build, ints, is_op, made_by, put_for
+from qcompile.passes.constants import shared_constant
+from qcompile.passes.matching import build, ints, is_op, like, made_by, put_for
 from qcompile.passes.symbolic_shapes import SymbolicShapes, dims_of
 
 _HEADS_FIRST = (0, 2, 1, 3)
@@ -22,6 +24,8 @@ class AttentionTo3D(ir.passes.InPlacePass):
        ``Reshape(Transpose(·, 0213), [B, S, heads·D])`` -> ``Attention(x…)`` in the 3-D form, with
        q_num_heads and kv_num_heads.
     3. As 2, with RotaryEmbedding between Transpose and Attention -> its 3-D form (num_heads).
+    4. As 2 and 3, with more between Reshape and Transpose, such as a norm of each head -> a Reshape
+       in the place of the Transpose.
 
     The op takes all three inputs in 3-D or all in 4-D: where one cannot be converted, or where
     batch and sequence are not known to stay the first two dimensions, all stay as they are.
@@ -42,10 +46,18 @@ class AttentionTo3D(ir.passes.InPlacePass):
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """``Transpose(Reshape(x))``, possibly rotated after."""
+    """``Transpose(Reshape(x))``, possibly rotated after.
+
+    Attributes:
+        x: [B, S, heads · D], or [B, S, heads, D] where it is more than a view of such a value.
+        heads: of x.
+        size: D.
+        rotary: what rotates it after, if anything.
+    """
 
     x: ir.Value
     heads: int
+    size: int
     rotary: ir.Node | None
 
 
@@ -101,10 +113,12 @@ def _convert(graph: ir.Graph, node: ir.Node) -> bool:
     inputs: list[ir.Value | None] = []
     for split in (q, k, v):
         value = split.x
+        if len(dims_of(value) or ()) == 4:
+            nodes.append(_merged(graph, split, node))
+            value = nodes[-1].outputs[0]
         if split.rotary is not None:
-            rotary = _rotary_3d(split, split.rotary)
-            nodes.append(rotary)
-            value = rotary.outputs[0]
+            nodes.append(_rotary_3d(split, value, split.rotary))
+            value = nodes[-1].outputs[0]
         inputs.append(value)
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     attributes |= {"q_num_heads": q.heads, "kv_num_heads": k.heads}
@@ -118,10 +132,20 @@ def _split(value: ir.Value | None) -> _Split | None:
     transpose = made_by(rotary.inputs[0] if rotary is not None else value, "Transpose")
     if transpose is None or tuple(transpose.attributes.get_ints("perm", ())) != _HEADS_FIRST:
         return None
-    reshape = made_by(transpose.inputs[0], "Reshape")
-    x = reshape.inputs[0] if reshape is not None else None
-    heads = _heads(dims_of(x), dims_of(transpose.inputs[0]))
-    return _Split(x, heads, rotary) if x is not None and heads is not None else None
+    apart = transpose.inputs[0]
+    dims = dims_of(apart)
+    if apart is None or dims is None or len(dims) != 4 or None in dims[:2]:
+        return None
+    heads, size = dims[2:]
+    if not isinstance(heads, int) or not isinstance(size, int):
+        return None
+    reshape = made_by(apart, "Reshape")
+    if reshape is None:
+        return _Split(apart, heads, size, rotary)
+    x = reshape.inputs[0]
+    if x is None or _heads(dims_of(x), dims) is None:
+        return None
+    return _Split(x, heads, size, rotary)
 
 
 def _heads(flat: _Dims | None, split: _Dims | None) -> int | None:
@@ -166,10 +190,20 @@ def _only_data_user(value: ir.Value) -> ir.Node | None:
     return users.pop()
 
 
-def _rotary_3d(split: _Split, rotary: ir.Node) -> ir.Node:
+def _merged(graph: ir.Graph, split: _Split, origin: ir.Node) -> ir.Node:
+    """`split.x` [B, S, heads, D] as [B, S, heads · D]."""
+    width = split.heads * split.size
+    shape = shared_constant(graph, "attention/merged", np.array([0, 0, width]))
+    node = build("Reshape", [split.x, shape], {}, origin)
+    node.name = f"{split.x.name}/merged"
+    node.outputs[0].type = split.x.type
+    node.outputs[0].shape = ir.Shape([*(dims_of(split.x) or [])[:2], width])
+    return node
+
+
+def _rotary_3d(split: _Split, x: ir.Value, rotary: ir.Node) -> ir.Node:
     attributes = {name: attribute.value for name, attribute in rotary.attributes.items()}
     attributes["num_heads"] = split.heads
-    node = build("RotaryEmbedding", [split.x, *rotary.inputs[1:]], attributes, rotary)
-    node.outputs[0].type = split.x.type
-    node.outputs[0].shape = split.x.shape.copy() if split.x.shape is not None else None
+    node = build("RotaryEmbedding", [x, *rotary.inputs[1:]], attributes, rotary)
+    like(node.outputs[0], x)
     return node

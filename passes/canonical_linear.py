@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 
 import numpy as np
@@ -23,7 +24,14 @@ class CanonicalLinear(ir.passes.InPlacePass):
     4. every Linear's MatMul is named by its module path
     5. ``Mul(Linear, c)`` with c a constant scalar, the Linear read by nothing else
        -> the Linear with its weight and bias multiplied by c
+
+    Args:
+        kept: module paths of Linears whose weights have to stay as they are, bit for bit.
     """
+
+    def __init__(self, kept: Collection[str] = ()) -> None:
+        super().__init__()
+        self.kept = frozenset(kept)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -40,7 +48,7 @@ class CanonicalLinear(ir.passes.InPlacePass):
             elif node.op_type == "Add":
                 modified |= _flatten_bias(node)
             elif node.op_type == "Mul":
-                modified |= _fold_scalar(model.graph, node)
+                modified |= _fold_scalar(model.graph, node, self.kept)
         if modified:
             drop_unused(model)
         for linear in find_linears(model.graph):
@@ -125,7 +133,7 @@ def _flatten_bias(node: ir.Node) -> bool:
     return False
 
 
-def _fold_scalar(graph: ir.Graph, node: ir.Node) -> bool:
+def _fold_scalar(graph: ir.Graph, node: ir.Node, kept: Collection[str]) -> bool:
     for at, other in ((0, 1), (1, 0)):
         product, factor = node.inputs[at], node.inputs[other]
         if product is None or factor is None or not is_constant(factor) or not sole_use(product):
@@ -143,7 +151,7 @@ def _fold_scalar(graph: ir.Graph, node: ir.Node) -> bool:
         if add is not None and add.op_type == "Add":
             matmul, bias_at = _linear_below(add)
             bias = add.inputs[bias_at] if matmul is not None else None
-        if matmul is None or matmul.op_type != "MatMul":
+        if matmul is None or matmul.op_type != "MatMul" or module_path(matmul) in kept:
             continue
         weight = matmul.inputs[1]
         if weight is None or not is_constant(weight) or not sole_use(weight):

@@ -7,22 +7,28 @@ import onnx_ir as ir
 from qcompile.passes.constants import constant, derived, drop_unused
 from qcompile.passes.integer_matmul import constant_bias
 from qcompile.passes.matching import is_op, scalar_of
-from qcompile.passes.per_token import DEQUANTIZE, ZERO_POINT
+from qcompile.passes.per_token import DEQUANTIZE, E4M3, ZERO_POINT
 from qcompile.passes.per_token import DOMAIN as FUNCTIONS
-from qcompile.targets.cuda.schema import DOMAIN, VERSION, refusal
+from qcompile.targets.cuda.schema import DOMAIN, SUFFIX, VERSION, Codes, refusal
 
 from qcompile.linears import is_constant
 
 _FLOAT = int(ir.DataType.FLOAT)
+_CODES: dict[ir.DataType, Codes] = {
+    ir.DataType.INT8: "int8",
+    ir.DataType.FLOAT8E4M3FN: "float8e4m3fn",
+}
 
 
 class Int8Linear(ir.passes.InPlacePass):
-    """Emit ``QuantizeInt8``, once for all readers of an activation, and ``MatMulInt8``.
+    """Emit ``QuantizeInt8``, once for all readers of an activation, and ``MatMulInt8``; where the
+    codes are float8e4m3fn, ``QuantizeFp8`` and ``MatMulFp8``.
 
     1. ``MatMul(DequantizePerToken(QuantizePerToken(x)), DequantizeLinear(wq, t)) [+ bias]``
        -> ``MatMulInt8(QuantizeInt8(x), wqᵀ, t, bias)``
     2. ``MatMul(DequantizeLinear(QuantizeLinear(x, s, 128), s, 128), …)``, s a number
-       -> the same with `s` as the scale: uint8 codes around 128 are int8 codes around 0
+       -> the same with `s` as the scale: uint8 codes around 128 are int8 codes around 0; those of
+       float8e4m3fn are around 0 already
 
     Left as it is: other zero points, weights in blocks, shapes that the kernels refuse.
     """
@@ -49,7 +55,10 @@ def _lower(
     codes, scale = quantized.inputs[:2]
     if codes is None or scale is None or len(quantized.inputs) > 2:
         return False
-    if not is_constant(codes) or codes.dtype != ir.DataType.INT8 or len(scale.shape or ()) != 1:
+    dtype = codes.dtype
+    if not is_constant(codes) or dtype is None or dtype not in _CODES:
+        return False
+    if len(scale.shape or ()) != 1:
         return False
     if quantized.attributes.get_int("axis", 1) not in (1, -1):
         return False
@@ -58,7 +67,7 @@ def _lower(
         return False
     if x_hat not in made:
         before = ir.tape.Tape()
-        activation = _activation(graph, before, x_hat)
+        activation = _activation(graph, before, x_hat, dtype)
         if activation is None:
             return False
         for node in before.nodes:
@@ -69,8 +78,9 @@ def _lower(
     bias, replaced = constant_bias(matmul)
     weight = derived(codes, "transposed", np.transpose, (width, depth))
     inputs = [*made[x_hat], weight, scale, bias]
-    result = tape.op("MatMulInt8", inputs[: 5 if bias is not None else 4], {"dtype": _FLOAT},
-                     domain=DOMAIN)  # fmt: skip
+    inputs = inputs[: 5 if bias is not None else 4]
+    op_type = f"MatMul{SUFFIX[_CODES[dtype]]}"
+    result = tape.op(op_type, inputs, {"dtype": _FLOAT}, domain=DOMAIN)
     (product,) = tape.nodes
     product.name = matmul.name
     product.metadata_props.update(matmul.metadata_props)
@@ -83,27 +93,34 @@ def _lower(
 
 
 def _activation(
-    graph: ir.Graph, tape: ir.tape.Tape, x_hat: ir.Value
+    graph: ir.Graph, tape: ir.tape.Tape, x_hat: ir.Value, dtype: ir.DataType
 ) -> tuple[ir.Value, ir.Value] | None:
-    """(codes, scale) of the activation that `x_hat` is the dequantised form of."""
+    """(codes of `dtype`, scale) of the activation that `x_hat` is the dequantised form of."""
     back = x_hat.producer()
     forth = back.inputs[0].producer() if back is not None and back.inputs[0] is not None else None
     x = forth.inputs[0] if forth is not None else None
     if back is None or forth is None or x is None:
         return None
     static = None
+    fp8 = dtype == ir.DataType.FLOAT8E4M3FN
     if (back.op_type, back.domain) != (DEQUANTIZE, FUNCTIONS):
         if not is_op(back, "DequantizeLinear") or not is_op(forth, "QuantizeLinear"):
             return None
         numbers = [[scalar_of(v) for v in node.inputs[1:]] for node in (forth, back)]
         number = numbers[0][0]
-        if number is None or numbers != [[number, ZERO_POINT]] * 2:
+        if number is None or numbers != [[number, 0 if fp8 else ZERO_POINT]] * 2:
+            return None
+        zero_point = forth.inputs[2]
+        if zero_point is None or (zero_point.dtype == dtype) != fp8:
             return None
         static = constant(graph, f"{x.name}.scale", np.array([number], np.float32))
+    elif (back.overload == E4M3) != fp8:
+        return None
+    quantize = f"Quantize{SUFFIX[_CODES[dtype]]}"
     if static is None:
-        codes, scale = tape.op_multi_out("QuantizeInt8", [x], num_outputs=2, domain=DOMAIN)
+        codes, scale = tape.op_multi_out(quantize, [x], num_outputs=2, domain=DOMAIN)
         scale.dtype = ir.DataType.FLOAT
     else:
-        codes, scale = tape.op("QuantizeInt8", [x, static], domain=DOMAIN), static
-    codes.dtype, codes.shape = ir.DataType.INT8, x.shape
+        codes, scale = tape.op(quantize, [x, static], domain=DOMAIN), static
+    codes.dtype, codes.shape = dtype, x.shape
     return codes, scale

@@ -10,14 +10,16 @@ from qcompile.passes.constants import drop_unused, sole_use
 from qcompile.passes.matching import channel_vector, flat, is_op, made_by, operands
 from qcompile.passes.skip_norm import residual_of
 from qcompile.passes.symbolic_shapes import dims_of
-from qcompile.targets.cuda.schema import DOMAIN
+from qcompile.targets.cuda.schema import DOMAIN, SUFFIX
 
-_NORMS: Final = {"LayerNormalization": "LayerNormInt8", "RMSNormalization": "RMSNormInt8"}
+_NORMS: Final = {"LayerNormalization": "LayerNorm", "RMSNormalization": "RMSNorm"}
+_QUANTIZE: Final = "Quantize"
 _Matched = tuple[str, list[ir.Value | None], dict[str, int | float | str], ir.Value | None]
 
 
 class Int8Rows(ir.passes.InPlacePass):
-    """``QuantizeInt8(x [, scale])`` and what makes x become one operator, if nothing else reads x.
+    """``QuantizeInt8(x [, scale])`` and what makes x become one operator, if nothing else reads x;
+    and so for ``QuantizeFp8``.
 
     1. x is ``LayerNormalization`` or ``RMSNormalization`` over the last axis, of ``Add(a, b)`` or
        of anything else -> ``LayerNormInt8`` / ``RMSNormInt8``, which gives the sum, too
@@ -28,7 +30,7 @@ class Int8Rows(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            if node.domain == DOMAIN and node.op_type == "QuantizeInt8":
+            if node.domain == DOMAIN and node.op_type.removeprefix(_QUANTIZE) in SUFFIX.values():
                 modified |= _fuse(model.graph, node)
         if modified:
             drop_unused(model)
@@ -42,7 +44,8 @@ def _fuse(graph: ir.Graph, quantize: ir.Node) -> bool:
     found = _norm(x) or _gated(x) or _plain(x)
     if found is None:
         return False
-    op_type, inputs, attributes, total = found
+    kind, inputs, attributes, total = found
+    op_type = kind + quantize.op_type.removeprefix(_QUANTIZE)
     static = quantize.inputs[1] if len(quantize.inputs) > 1 else None
     inputs = [*inputs, static]
     while inputs[-1] is None:
@@ -98,7 +101,7 @@ def _plain(x: ir.Value) -> _Matched | None:
     if found is None:
         return None
     kind, h = found
-    return "ActivationInt8", [h, None], {"kind": kind, "packed": 0}, None
+    return "Activation", [h, None], {"kind": kind, "packed": 0}, None
 
 
 def _gated(x: ir.Value) -> _Matched | None:
@@ -111,7 +114,7 @@ def _gated(x: ir.Value) -> _Matched | None:
         alike = dims is not None and None not in dims and dims == dims_of(up)
         if found is not None and alike and sole_use(gate):
             kind, h = found
-            return "ActivationInt8", [h, up], {"kind": kind, "packed": 0}, None
+            return "Activation", [h, up], {"kind": kind, "packed": 0}, None
     return None
 
 

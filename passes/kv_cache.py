@@ -15,12 +15,11 @@ from qcompile.passes.known_mask import MaskMeaning, meaning_of
 from qcompile.passes.matching import build, is_op, made_by, put_for
 from qcompile.passes.symbolic_shapes import dims_of
 
-from qcompile.cache import KINDS, PAST, PRESENT
+from qcompile.cache import KINDS, PAST, PRESENT, TOKENS
 from qcompile.cache_plan import CachePlan
 from qcompile.errors import ModelError
 from qcompile.names import module_path
 
-_TOKENS: Final = "input_ids"
 _BOOL: Final = int(ir.DataType.BOOL)
 _INT32: Final = int(ir.DataType.INT32)
 _HEADS_FIRST: Final = (0, 2, 1, 3)
@@ -62,10 +61,10 @@ class KvCache(ir.passes.InPlacePass):
         if not found:
             raise ModelError(f"the model cannot have a cache: {_unrecognised(model.graph)}")
         padding = found[0].meaning.padding
-        tokens = next((v for v in model.graph.inputs if v.name == _TOKENS), None)
+        tokens = next((v for v in model.graph.inputs if v.name == TOKENS), None)
         assert padding is not None
         if tokens is None or tokens is padding:
-            raise ModelError(f"the model cannot have a cache: it has no input {_TOKENS}")
+            raise ModelError(f"the model cannot have a cache: it has no input {TOKENS}")
         shared = _shared(model.graph, padding, tokens)
         for layer, attention in enumerate(found):
             _put(model.graph, attention, layer, shared, self.plan)

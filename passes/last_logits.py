@@ -11,9 +11,12 @@ from qcompile.passes.constants import constant
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.integer_matmul import KERNEL as INTEGER
 from qcompile.passes.matching import made_by
+from qcompile.passes.pack_tokens import negative
 from qcompile.passes.symbolic_shapes import dims_of
 from qcompile.passes.weight_only import KERNEL as NBITS
+from qcompile.targets.cuda.schema import DOMAIN
 
+from qcompile.cache import MASK, TOKENS
 from qcompile.linears import is_constant
 
 _EACH_TOKEN: Final = frozenset(
@@ -27,11 +30,13 @@ _EACH_TOKEN: Final = frozenset(
 
 
 class LastLogits(ir.passes.InPlacePass):
-    """``logits = f(x)`` -> ``logits = f(Slice(x, -1, axis=1))``, of shape [batch, 1, vocabulary].
+    """``logits = f(x)`` -> ``logits = f(GatherND(x, last))``, of shape [batch, 1, vocabulary].
 
     f is what comes after the last op that has two computed inputs, usually the residual Add: a
-    norm, a quantisation and the product with the vocabulary. A graph without an output ``logits``
-    of three axes is left as it is.
+    norm, a quantisation and the product with the vocabulary. ``last`` is where ``attention_mask``
+    [batch, total] has its last one among the tokens of ``input_ids`` [batch, sequence], so that
+    padding may be on either side; in a row of nothing but padding it is the last column. A graph
+    without these inputs, or without an output ``logits`` of three axes, is left as it is.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -39,13 +44,14 @@ class LastLogits(ir.passes.InPlacePass):
         dims = dims_of(logits)
         if logits is None or dims is None or len(dims) != 3 or dims[1] == 1:
             return ir.passes.PassResult(model, modified=False)
+        given = {value.name: value for value in model.graph.inputs}
         after = _after(logits)
-        if not after:
+        if not after or not {MASK, TOKENS} <= given.keys():
             return ir.passes.PassResult(model, modified=False)
-        _slice(model.graph, after[-1])
-        for node in after:
-            known = dims_of(node.outputs[0])
-            node.outputs[0].shape = ir.Shape([known[0], 1, *known[2:]]) if known else None
+        _gather(model.graph, after[-1], given[MASK], given[TOKENS])
+        for made in (value for node in after for value in node.outputs):
+            known = dims_of(made)
+            made.shape = ir.Shape([known[0], 1, *known[2:]]) if known else None
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -55,12 +61,25 @@ def _after(logits: ir.Value) -> list[ir.Node]:
     value = logits
     while True:
         node, source = value.producer(), None
-        if node is not None and not (found and (len(value.uses()) > 1 or value.is_graph_output())):
+        if node is not None and (not found or _is_read_by(found[-1], node)):
             source = _source(node)
         if node is None or source is None:
-            return found
+            # Codes and their scales would have to be cut apart.
+            return found[:-1] if found and len(_computed(found[-1])) > 1 else found
         found.append(node)
         value = source
+
+
+def _is_read_by(reader: ir.Node, node: ir.Node) -> bool:
+    """Whether `reader` alone reads what `node` makes."""
+    return all(
+        not value.is_graph_output() and all(use.node is reader for use in value.uses())
+        for value in node.outputs
+    )
+
+
+def _computed(node: ir.Node) -> list[ir.Value]:
+    return [v for v in node.inputs if v is not None and not _fixed(v)]
 
 
 def _source(node: ir.Node) -> ir.Value | None:
@@ -69,12 +88,14 @@ def _source(node: ir.Node) -> ir.Value | None:
         return None
     if "Normalization" in node.op_type and node.attributes.get_int("axis", -1) not in (-1, 2):
         return None
-    given = [v for v in node.inputs if v is not None]
-    computed = [v for v in given if not _fixed(v)]
-    if len(computed) != 1 or computed[0] is not node.inputs[_at(node)]:
+    given, computed = [v for v in node.inputs if v is not None], _computed(node)
+    makers = {v.producer() for v in computed}
+    # A product in INT8 reads the codes and the scales that one op makes.
+    pair = len(computed) == 2 and len(makers) == 1 and node.domain == DOMAIN
+    if (len(computed) != 1 and not pair) or computed[0] is not node.inputs[_at(node)]:
         return None
     # With this the output has as many axes as what is computed, so that axis 1 is the tokens.
-    flat = node.domain == CONTRIB or all(
+    flat = node.domain in (CONTRIB, DOMAIN) or all(
         v is computed[0] or len(dims_of(v) or ()) < 3 for v in given
     )
     return computed[0] if flat else None
@@ -92,20 +113,36 @@ def _at(node: ir.Node) -> int:
     return 1 if node.op_type in ("Add", "Mul") and first is not None and _fixed(first) else 0
 
 
-def _slice(graph: ir.Graph, node: ir.Node) -> None:
-    """Let `node` read the last token only."""
+def _gather(graph: ir.Graph, node: ir.Node, mask: ir.Value, tokens: ir.Value) -> None:
+    """Let `node` read the last token of each row only."""
     at = _at(node)
     value = node.inputs[at]
     assert value is not None
-    bounds = ([-1], [np.iinfo(np.int64).max], [1])
-    limits = [
-        constant(graph, f"last/{name}", np.array(of, np.int64))
-        for name, of in zip(("start", "end", "axis"), bounds, strict=True)
-    ]
-    last = ir.node("Slice", [value, *limits], name="last/Slice")
+    axis, axes, inner, minus_one = (
+        constant(graph, f"last/{name}", of)
+        for name, of in (
+            ("axis", np.array(1)),
+            ("axes", np.array([1])),
+            ("inner", np.array([1, 2])),
+            ("minus_one", np.array(-1, np.int32)),
+        )
+    )
+    tape = ir.tape.Tape()
+    # No shape is computed with: ONNX Runtime would do that on the CPU.
+    minus = negative(tape, tokens)
+    newest = tape.op("CumSum", [minus, axis], {"reverse": 1})
+    known = tape.op("Cast", [mask], {"to": int(ir.DataType.INT32)})
+    kept = tape.op("GatherElements", [known, newest], {"axis": 1})
+    places = tape.op("Mul", [kept, tape.op("CumSum", [minus, axis])])
+    least = tape.op("ReduceMin", [places, axes], {"keepdims": 0})
+    at_last = tape.op("Sub", [minus_one, least])
+    index = tape.op("Cast", [at_last], {"to": int(ir.DataType.INT64)})
+    last = tape.op("GatherND", [value, tape.op("Unsqueeze", [index, inner])], {"batch_dims": 1})
+    for at_node, made in enumerate(tape.nodes):
+        made.name = f"last/{at_node}"
+        made.outputs[0].name = f"{made.name}/{made.op_type}"
     dims = dims_of(value)
-    last.outputs[0].name = "last/output"
-    last.outputs[0].type = value.type
-    last.outputs[0].shape = ir.Shape([dims[0], 1, *dims[2:]]) if dims else None
-    graph.insert_before(node, last)
-    node.replace_input_with(at, last.outputs[0])
+    last.type = value.type
+    last.shape = ir.Shape([dims[0], 1, *dims[2:]]) if dims else None
+    graph.insert_before(node, tape.nodes)
+    node.replace_input_with(at, last)

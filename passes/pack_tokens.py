@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -42,7 +42,10 @@ _ELEMENTWISE: Final = frozenset(
     ]
 )
 _NORMS: Final = ("LayerNormalization", "RMSNormalization")
-_BOOL, _INT32 = ir.DataType.BOOL, ir.DataType.INT32
+_BOOL, _INT32, _INT64 = ir.DataType.BOOL, ir.DataType.INT32, ir.DataType.INT64
+
+Rows: TypeAlias = Sequence[int | str | None]
+"""Batch and sequence."""
 
 
 class PackTokens(ir.passes.InPlacePass):
@@ -55,7 +58,7 @@ class PackTokens(ir.passes.InPlacePass):
 
     Left as it is: a graph where anything else reaches an output, or with attention that is not
     causal, has a window, or is not under the same padding in all layers. Rows of padding give what
-    the token before them gives, or the first.
+    the next token gives, or other padding.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -81,7 +84,7 @@ def _mask(attention: ir.Node) -> ir.Value | None:
     return attention.inputs[3] if len(attention.inputs) > 3 else None
 
 
-def _tokenwise(graph: ir.Graph, padding: ir.Value, rows: Sequence[int | str | None]) -> bool:
+def _tokenwise(graph: ir.Graph, padding: ir.Value, rows: Rows) -> bool:
     """Whether attention alone lets the outputs of one token depend on another."""
     tokens = {v for v in graph.inputs if v is not padding and dims_of(v) == list(rows)}
     fixed: set[ir.Value] = set()
@@ -99,7 +102,7 @@ def _works_on_rows(
     node: ir.Node,
     tokens: set[ir.Value],
     fixed: set[ir.Value],
-    rows: Sequence[int | str | None],
+    rows: Rows,
 ) -> bool:
     if node.domain == DOMAIN and node.op_type in (QUANTIZE, DEQUANTIZE):
         return all(v in tokens for v in node.inputs)
@@ -117,7 +120,12 @@ def _works_on_rows(
         return False
     rank = len(dims)
     if is_op(node, "Gather"):
-        return node.attributes.get_int("axis", 0) == 0 and by_row == [False, True]
+        axis = node.attributes.get_int("axis", 0)
+        channels = axis in (-1, rank - 1) and rank > 2 and by_row == [True, False]
+        return channels or (axis == 0 and by_row == [False, True])
+    if is_op(node, "Reshape", "ReduceSum"):
+        # Channels in blocks, and what is summed of them.
+        return by_row == [True, False] and _keeps_rows(node, rank)
     if is_op(node, "MatMul"):
         other = node.inputs[1]
         return by_row == [True, False] and other is not None and len(other.shape or ()) == 2
@@ -134,50 +142,89 @@ def _works_on_rows(
     )
 
 
+def _keeps_rows(node: ir.Node, rank: int) -> bool:
+    """Whether the constant of a Reshape or a ReduceSum says that it is about channels alone."""
+    constants = node.inputs[1].const_value if node.inputs[1] is not None else None
+    numbers = constants.numpy().tolist() if constants is not None else []
+    if node.op_type == "Reshape":
+        return rank > 2 and numbers[:2] == [0, 0]
+    return rank > 2 and numbers == [-1] and not node.attributes.get_int("keepdims", 1)
+
+
 def _same_for_all(value: ir.Value, rank: int) -> bool:
     """Whether every row of a value of `rank` dimensions meets `value` alike."""
     dims = dims_of(value)
     return dims is not None and all(d == 1 for d in ([1] * rank + dims)[-rank:][:2])
 
 
-def _reorder(graph: ir.Graph, padding: ir.Value, rows: Sequence[int | str | None]) -> None:
+def _reorder(graph: ir.Graph, padding: ir.Value, rows: Rows) -> None:
     tape = ir.tape.Tape()
-    one = constant(graph, "pack.one", np.array(1, np.int32))
-    axis = constant(graph, "pack.axis", np.array(1))
     keep = tape.op("Cast", [padding], {"to": int(_BOOL)})
     kept = tape.op("Cast", [keep], {"to": int(_INT32)})
+    sort_tokens(graph, tape, rows, padding, keep, kept, negative(tape, padding))
+
+
+def negative(tape: ir.tape.Tape, value: ir.Value) -> ir.Value:
+    """int32 in the shape of `value`, -1 everywhere: sums of it are places, and how long an axis is.
+
+    What computes with a shape ONNX Runtime moves to the CPU; this it does not.
+    """
+    shape = tape.op("Shape", [value])
+    return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.array([-1], np.int32))})
+
+
+def sort_tokens(
+    graph: ir.Graph,
+    tape: ir.tape.Tape,
+    rows: Rows,
+    padding: ir.Value,
+    keep: ir.Value,
+    kept: ir.Value,
+    minus: ir.Value,
+) -> None:
+    """Let the graph read its inputs tokens first, and give its outputs in the order they came in.
+
+    Args:
+        graph: its inputs of `rows` are reordered, its outputs of `rows` and more put back.
+        tape: what makes the values below; all its nodes go to the start of the graph.
+        rows: batch and sequence.
+        padding: the input that stays as it is.
+        keep: bool of `rows`, which places hold tokens.
+        kept: int32 of `rows`, the same.
+        minus: int32 of `rows`, -1 everywhere.
+    """
+    axis = constant(graph, "pack.axis", np.array(1))
     # Tokens go to the front in their order, padding to the end: places from the end are negative.
-    front = tape.op("Sub", [tape.op("CumSum", [kept, axis]), one])
-    back = tape.op("CumSum", [tape.op("Sub", [kept, one]), axis], {"reverse": 1})
+    front = tape.op("CumSum", [kept, axis], {"exclusive": 1})
+    back = tape.op("CumSum", [tape.op("Add", [kept, minus]), axis], {"reverse": 1})
     place = tape.op("Where", [keep, front, back])
+    own = set(tape.nodes)
     for value in graph.inputs:
         if value is padding or dims_of(value) != list(rows):
             continue
+        readers = [use for use in value.uses() if use.node not in own]
         packed = tape.op("ScatterElements", [value, place, value], {"axis": 1})
         packed.type, packed.shape = value.type, value.shape
-        readers = [use for use in value.uses() if use.node is not packed.producer()]
         for use in readers:
             use.node.replace_input_with(use.idx, packed)
 
-    # Where each row's result lies among all of the batch: no op here computes with a shape, which
-    # ONNX Runtime would move to the CPU.
-    ones = tape.op("Cast", [tape.op("Equal", [padding, padding])], {"to": int(_INT32)})
-    length = tape.op("ReduceSum", [ones, constant(graph, "pack.axes", np.array([1]))])
+    # Where each row's result lies among all of the batch.
+    length = tape.op("ReduceSum", [minus, constant(graph, "pack.axes", np.array([1]))])
     first = tape.op(
         "CumSum", [length, constant(graph, "pack.batch", np.array(0))], {"exclusive": 1}
     )
-    zero = constant(graph, "pack.zero", np.array(0, np.int32))
-    source = tape.op("Add", [first, tape.op("Max", [front, zero])])
+    source = tape.op("Sub", [front, first])
     nodes = list(tape.nodes)
     for at, node in enumerate(nodes):
         node.name = f"{padding.name}/pack/{at}"
         made = node.outputs[0]
         made.name = f"{node.name}/{node.op_type}"
         if made.dtype is None:
-            made.dtype = _BOOL if node.op_type == "Equal" or made is keep else _INT32
-            made.shape = ir.Shape([rows[0], 1] if made in (length, first) else rows)
+            given = _INT64 if node.op_type == "Shape" else _INT32
+            made.dtype = ir.DataType(node.attributes.get_int("to", int(given)))
     graph.insert_before(graph[0], nodes)
-    for value in dict.fromkeys(map(_narrowest, graph.outputs)):
+    results = [v for v in graph.outputs if (dims_of(v) or [])[:2] == list(rows)]
+    for value in dict.fromkeys(map(_narrowest, results)):
         _unpack(graph, value, source)
 
 

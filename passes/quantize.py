@@ -5,10 +5,11 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from qcompile.passes.constants import constant, drop_unused
-from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, QUANTIZE, per_token_functions
+from qcompile.passes.constants import constant, drop_unused, shared_constant
+from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, E4M3, QUANTIZE, per_token_functions
 from qcompile.passes.table_codes import NAME, table_function
 
+from qcompile.e4m3 import E4M3 as CODES
 from qcompile.linears import Linear, find_linears
 from qcompile.names import set_module_path
 from qcompile.precision import OpPlan, PrecisionPlan, SitePlan
@@ -17,17 +18,21 @@ from qcompile.precision import OpPlan, PrecisionPlan, SitePlan
 class Quantize(ir.passes.InPlacePass):
     """Quantise activations once per site, weights per output channel.
 
-    1. static: ``x -> QuantizeLinear -> DequantizeLinear``, constant uint8 scale and zero_point
+    1. static: ``x -> QuantizeLinear -> DequantizeLinear``, constant scale and zero_point, codes
+       uint8 or float8e4m3fn
     2. dynamic: ``x -> DynamicQuantizeLinear -> DequantizeLinear``
     3. token: ``x -> qcompile.QuantizePerToken -> qcompile.DequantizePerToken``, model-local
-       functions with bodies in standard ops
+       functions with bodies in standard ops, of which e4m3 has an overload
 
     and each planned MatMul reads ``DequantizeLinear(codes, scale, axis=1)`` for its weight,
     ``DequantizeLinear(codes, scale, [zero_point], axis=0, block_size)`` where its scales are per
     block, or ``qcompile.DequantizeTable(codes, scale, table)``, a model-local function, where codes
-    are indices; an op of weight-only precision goes on reading x. Outlier channels that are split
-    are gathered as often as they are copied, shifted, quantised by a coarser scale and appended.
-    The result is a valid ONNX model that any runtime computes; a target replaces it by kernels.
+    are indices. An op of weight-only precision goes on reading x, its channels gathered in the
+    order of the codes where that is another, and the sum of a block's activations times the block's
+    offset is added where it has one. Outlier channels that are split are gathered as often as they
+    are copied, shifted, quantised by a coarser scale and appended. The result is a valid ONNX model
+    that any runtime computes; a target replaces it by kernels. (ONNX Runtime 1.31 takes static e4m3
+    with graph optimisations off only: they would make an integer kernel of it.)
     """
 
     def __init__(self, plan: PrecisionPlan) -> None:
@@ -47,14 +52,17 @@ class Quantize(ir.passes.InPlacePass):
             present = [linears[name] for name in site.ops if name in linears]
             if present:
                 self._quantize_site(model, site, present)
+        shared: dict[tuple[ir.Value, object], ir.Value] = {}
         for op in planned:
-            if op.precision != "int8":
+            if not op.coded:
                 linear = linears[op.name]
                 if op.weight is not None and op.weight.table is not None:
                     function = table_function()
                     model.functions.setdefault(function.identifier(), function)
                     model.graph.opset_imports[DOMAIN] = 1
-                _quantize_weight(model.graph, linear, op, linear.x)
+                x = _in_order(model.graph, linear, op, shared)
+                _quantize_weight(model.graph, linear, op, x)
+                _add_offset(model.graph, linear, op, x, shared)
         drop_unused(model)
         return ir.passes.PassResult(model, modified=True)
 
@@ -68,7 +76,7 @@ class Quantize(ir.passes.InPlacePass):
         if site.activation.split is None:
             x_hat.shape = x.shape
         if site.activation.mode == "token":
-            for function in per_token_functions():
+            for function in per_token_functions(E4M3 if site.activation.fp8 else ""):
                 model.functions.setdefault(function.identifier(), function)
             graph.opset_imports[DOMAIN] = 1
         for node in tape.nodes:
@@ -78,6 +86,64 @@ class Quantize(ir.passes.InPlacePass):
         for linear in linears:
             op = self.plan.op(linear.name)
             _quantize_weight(graph, linear, op, x_hat)
+
+
+def _in_order(
+    graph: ir.Graph, linear: Linear, op: OpPlan, shared: dict[tuple[ir.Value, object], ir.Value]
+) -> ir.Value:
+    """What `linear` reads, its channels as the codes have them; once for all that read it so."""
+    order = op.weight.order if op.weight is not None else None
+    if order is None:
+        return linear.x
+    key = (linear.x, order.tobytes())
+    if key not in shared:
+        index = constant(graph, f"{op.name}.order", order.astype(np.int64))
+        node = ir.node("Gather", [linear.x, index], {"axis": -1}, name=f"{op.name}/order")
+        node.outputs[0].shape, node.outputs[0].type = linear.x.shape, linear.x.type
+        graph.insert_before(linear.matmul, node)
+        shared[key] = node.outputs[0]
+    return shared[key]
+
+
+def _add_offset(
+    graph: ir.Graph,
+    linear: Linear,
+    op: OpPlan,
+    x: ir.Value,
+    shared: dict[tuple[ir.Value, object], ir.Value],
+) -> None:
+    """What the offsets of a block add: the sum of its activations, times each."""
+    weight = op.weight
+    if weight is None or weight.offset is None:
+        return
+    size = weight.block_size
+    key = (x, size)
+    tape = ir.tape.Tape()
+    if key not in shared:
+        assert x.shape is not None and size is not None
+        axes = [*[0] * (len(x.shape) - 1), -1, size]
+        shape = shared_constant(graph, "blocks", np.array(axes, np.int64))
+        last = shared_constant(graph, "axis", np.array([-1], np.int64))
+        blocks = tape.op("Reshape", [x, shape])
+        sums = tape.op("ReduceSum", [blocks, last], {"keepdims": 0})
+        sums.shape = ir.Shape([*x.shape[:-1], len(weight.offset)])
+        blocks.shape = ir.Shape([*sums.shape, size])
+        blocks.type = sums.type = x.type
+        shared[key] = sums
+    offset = constant(graph, f"{op.name}.weight_offset", weight.offset)
+    product = linear.matmul.outputs[0]
+    added = tape.op("MatMul", [shared[key], offset])
+    result = tape.op("Add", [product, added])
+    for value in (added, result):
+        value.shape, value.type = product.shape, product.type
+    for at, node in enumerate(tape.nodes):
+        node.name = f"{op.name}/offset/{at}/{node.op_type}"
+    is_output = product.is_graph_output()
+    product.replace_all_uses_with(result, replace_graph_outputs=is_output)
+    result.producer().replace_input_with(0, product)  # type: ignore[union-attr]
+    graph.insert_after(linear.matmul, list(tape.nodes))
+    if is_output:
+        result.name, product.name = product.name, f"{product.name}/codes"
 
 
 def _quantize_weight(graph: ir.Graph, linear: Linear, op: OpPlan, x_hat: ir.Value) -> None:
@@ -93,7 +159,8 @@ def _quantize_weight(graph: ir.Graph, linear: Linear, op: OpPlan, x_hat: ir.Valu
         w_hat = tape.op(NAME, [codes, scale, table], domain=DOMAIN)
     else:
         stored = weight.codes if weight.bits == 8 else weight.codes.astype(ml_dtypes.int4)
-        parameters = [constant(graph, f"{op.name}.weight_int{weight.bits}", stored), scale]
+        kind = "e4m3" if op.precision == "fp8" else f"int{weight.bits}"
+        parameters = [constant(graph, f"{op.name}.weight_{kind}", stored), scale]
         if weight.zero_point is not None:
             points = weight.zero_point.astype(stored.dtype)
             parameters.append(constant(graph, f"{op.name}.weight_zero_point", points))
@@ -115,15 +182,19 @@ def _quantize_activation(
 ) -> ir.Value:
     activation = site.activation
     if activation.mode == "token":
-        codes, scale = tape.op_multi_out(QUANTIZE, [x], num_outputs=2, domain=DOMAIN)
-        return tape.op(DEQUANTIZE, [codes, scale], domain=DOMAIN)
+        overload = E4M3 if activation.fp8 else ""
+        codes, scale = tape.op_multi_out(
+            QUANTIZE, [x], num_outputs=2, domain=DOMAIN, overload=overload
+        )
+        return tape.op(DEQUANTIZE, [codes, scale], domain=DOMAIN, overload=overload)
     if activation.mode == "dynamic":
         codes, scale, zero_point = tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
         return tape.op("DequantizeLinear", [codes, scale, zero_point])
-    assert activation.scale is not None and activation.zero_point is not None
+    assert activation.scale is not None
+    zero = np.array(activation.zero_point or 0, CODES if activation.fp8 else np.uint8)
     parameters = [
         constant(graph, f"{site.name}.scale", np.array(activation.scale, np.float32)),
-        constant(graph, f"{site.name}.zero_point", np.array(activation.zero_point, np.uint8)),
+        constant(graph, f"{site.name}.zero_point", zero),
     ]
     codes = tape.op("QuantizeLinear", [x, *parameters])
     split = activation.split

@@ -18,6 +18,7 @@ from qcompile.passes.constants import (
 )
 from qcompile.targets.cuda.schema import BY_NAME, DOMAIN, Operator
 
+from qcompile.cache import is_past
 from qcompile.errors import ModelError
 from qcompile.linears import is_constant
 
@@ -54,6 +55,9 @@ _WIDE: Final = frozenset(
 _HEAVY: Final = frozenset(["MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "LSTM", "GRU"])
 """Ops that are what float16 is for: a wide op before them changes nothing."""
 
+_STAYS: Final = {"GroupQueryAttention": (12, 13)}
+"""Inputs that are float32 whatever the others are: scales of a cache of codes."""
+
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
@@ -66,7 +70,7 @@ class ToFloat16(ir.passes.InPlacePass):
     2. Any other op reads and gives float16; constants are stored so. Numbers that stand for
        infinity become the largest float16.
     3. A Cast stands only where a value crosses, one for all readers. Inputs of the graph stay
-       float32; outputs are what computes them.
+       float32, but those of a cache, which come out as they go in; outputs are what computes them.
     4. The custom operators' scales and biases stay float32, and their `dtype` follows.
 
     Raises:
@@ -78,6 +82,9 @@ class ToFloat16(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=False)
         before = _signature(model.graph)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        for value in model.graph.inputs:
+            if is_past(str(value.name)) and value.dtype == _FLOAT:
+                value.type = ir.TensorType(_HALF)
         opset = model.opset_imports.get("", onnx.defs.onnx_opset_version())
         _Converter(model.graph, opset).run(model.graph)
         drop_unused(model)
@@ -119,7 +126,11 @@ class _Converter:
                 self._convert(graph, node)
 
     def _convert(self, graph: ir.Graph, node: ir.Node) -> None:
-        floats = [(at, v) for at, v in enumerate(node.inputs) if v is not None and _is_float(v)]
+        floats = [
+            (at, v)
+            for at, v in enumerate(node.inputs)
+            if v is not None and _is_float(v) and at not in _STAYS.get(node.op_type, ())
+        ]
         floats = [(at, v) for at, v in floats if _takes_half(node, at, self.opset)] or floats
         computed = [v for _, v in floats if not is_constant(v)]
         inherited = bool(computed) and all(v.dtype == _FLOAT for v in computed)

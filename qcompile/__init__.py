@@ -46,7 +46,7 @@ def compile(
     model: Source,
     *,
     target: str = "ort-cpu",
-    scheme: str = "w8a8",
+    scheme: str | None = None,
     calibration: Calibration = None,
     config: CompileConfig | None = None,
     output: str | Path | None = None,
@@ -58,7 +58,8 @@ def compile(
         model: a Hugging Face folder or hub id, an ``.onnx`` file, ``path/file.py:factory``, or a
             pair (torch.nn.Module, example inputs).
         target: ``name`` or ``name:variant``; see ``qcompile targets``.
-        scheme: see ``qcompile schemes``.
+        scheme: see ``qcompile schemes``; None: w8a8, or ``checkpoint`` where the model is quantised
+            already.
         calibration: feeds (dicts of arrays by input name), texts, or a path to text or .npz. None
             generates data, and says in the report what that costs.
         config: all other options.
@@ -69,8 +70,10 @@ def compile(
         QcompileError: what cannot be done, in one sentence; nothing is left at `output` then.
     """
     # Imported here: `import qcompile` and `qcompile --help` need none of what compiling needs.
+    from qcompile.checkpoints.scheme import choose_scheme
     from qcompile.pipeline import compile_model
 
+    scheme = choose_scheme(model, scheme)
     folder = Path(output) if output is not None else default_output(model, target, scheme)
     return compile_model(
         model,

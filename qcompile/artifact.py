@@ -24,6 +24,7 @@ from qcompile.genai import CONFIG as GENAI
 from qcompile.genai import genai_config
 from qcompile.metrics import Accuracy
 from qcompile.precision import PrecisionPlan
+from qcompile.ranges import RANGES, Ranges
 from qcompile.report import Report
 from qcompile.session import Runtime, first_sample, open_session, run_outputs
 from qcompile.targets import Target, get_target
@@ -33,6 +34,7 @@ GRAPH: Final = "model.onnx"
 RECORD: Final = "qcompile.json"
 REPORT: Final = "report.json"
 SAMPLE: Final = "check.npz"
+PAGE: Final = "report.html"
 FORMAT: Final = 1
 _SAMPLE_OUTPUT_BYTES: Final = 2 << 20
 
@@ -85,6 +87,7 @@ def complete(
     model: TracedModel,
     target: Target,
     report: Report,
+    ranges: Ranges,
     plan: PrecisionPlan,
     cache: CachePlan | None,
     config: CompileConfig,
@@ -93,8 +96,11 @@ def complete(
 ) -> None:
     """Write everything but the graph: assets, check sample, report, and the record of it all.
 
+    A page that cannot be drawn costs nobody the rest: the report then warns of it.
+
     Args:
         folder: holds the graph already.
+        ranges: of activations and weights, where something is quantised.
         cache: how keys and values are codes, where they are.
         feed: a held-back feed, for the check sample.
         reference: path of the float graph, whose output the sample records.
@@ -103,7 +109,14 @@ def complete(
         if not (folder / asset.name).exists():
             shutil.copyfile(asset, folder / asset.name)
     if config.cache:
-        settings = genai_config(ir.load(folder / GRAPH).graph, folder, model.max_length)
+        library = target.carried(folder)
+        settings = genai_config(
+            ir.load(folder / GRAPH).graph,
+            folder,
+            model.max_length,
+            provider=target.genai,
+            library=library["file"] if library is not None else None,
+        )
         (folder / GENAI).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     if config.last_logits and "attention_mask" in feed:
         # The last token of the sample must not be padding.
@@ -112,7 +125,21 @@ def complete(
     _write_sample(folder, model.kind, feed, reference, target.runtime())
     report.bytes_float = _weight_bytes(model.ir)
     report.bytes = sum(p.stat().st_size for p in folder.glob(f"{GRAPH}*"))
+    try:
+        # Here, because it imports a plotting library, and whoever loads an artifact needs none.
+        from qcompile.page import page
+
+        text = page(report, ranges)
+    except Exception as error:
+        report.warnings.append(
+            f"{PAGE} could not be drawn ({type(error).__name__}: {' '.join(str(error).split())}); "
+            "everything else is there, and `qcompile report` tries again"
+        )
+    else:
+        (folder / PAGE).write_text(text, encoding="utf-8")
     (folder / REPORT).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    if ranges.weights:
+        (folder / RANGES).write_text(ranges.model_dump_json() + "\n", encoding="utf-8")
     record = {
         "format": FORMAT,
         "versions": _versions(),
@@ -127,10 +154,9 @@ def complete(
         "plan": plan.to_dict(),
         "cache": cache.to_dict() if cache is not None else None,
         "kernels": {op.name: target.kernels_for(op, plan) for op in plan.quantized},
-        "sha256": {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
+        "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
     }
-    text = json.dumps(record, indent=1)
-    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+    write_record(folder, record)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -157,12 +183,18 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write ``qcompile.json``."""
+    text = json.dumps(record, indent=1)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
 def damaged_files(folder: Path, record: dict[str, Any]) -> list[str]:
     """Files of the record that are missing or changed."""
     return [
         name
         for name, digest in record["sha256"].items()
-        if not (folder / name).is_file() or _sha256(folder / name) != digest
+        if not (folder / name).is_file() or sha256(folder / name) != digest
     ]
 
 
@@ -223,6 +255,7 @@ def _versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

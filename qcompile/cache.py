@@ -15,14 +15,21 @@ PRESENT: Final = "present.{}.{}"
 
 KINDS: Final = ("key", "value")
 
+TOKENS: Final = "input_ids"
+MASK: Final = "attention_mask"
+"""The other inputs: the new tokens, and what is real of them and of what is in the cache."""
+
 _TYPES: Final = {
-    "tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8
-}  # fmt: skip
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
 
 
-def past_of(name: str) -> str:
-    """The input that takes what the output `name`, one of `PRESENT`, gave in the step before."""
-    return name.replace("present", "past_key_values", 1)
+def present_of(name: str) -> str:
+    """The output that gives what the input `name`, one of `PAST`, takes in the next step."""
+    return name.replace("past_key_values", "present", 1)
 
 
 def is_past(name: str) -> bool:
@@ -46,16 +53,34 @@ def fed(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[str, Any
     An input that is neither is left out, for the caller to find.
     """
     made = {i.name: feed[i.name] for i in session.get_inputs() if i.name in feed}
-    batch = next((np.shape(value)[0] for value in made.values() if np.ndim(value)), 1)
-    for i in session.get_inputs():
-        if is_past(i.name) and i.name not in feed:
-            made[i.name] = empty(i, batch, 0)
+    missing = [i for i in session.get_inputs() if is_past(i.name) and i.name not in feed]
+    if missing:  # what else is fed may lie on a device, where no array says its shape
+        batch = next((np.shape(value)[0] for value in made.values() if np.ndim(value)), 1)
+        made |= {i.name: empty(i, batch, 0) for i in missing}
     return made
 
 
 def empty(past: ort.NodeArg, batch: int, tokens: int) -> npt.NDArray[Any]:
-    """Zeros for the input `past` [batch, heads, tokens, ...]: float32, int8 or packed uint8."""
+    """Zeros for the input `past` [batch, heads, tokens, ...]: in its type."""
     return np.zeros((batch, past.shape[1], tokens, past.shape[3]), _TYPES[past.type])
+
+
+def bind_shared(
+    session: ort.InferenceSession, binding: ort.IOBinding, batch: int, tokens: int, device: str
+) -> None:
+    """Bind what is past and what is present to the same memory, so that nothing is copied.
+
+    Args:
+        session: with a cache, or without one, where nothing is bound.
+        binding: of `session`.
+        batch: sequences.
+        tokens: room for as many in each, all of them zeros at first.
+        device: where, as ONNX Runtime names it.
+    """
+    for i in filter(lambda i: is_past(i.name), session.get_inputs()):
+        buffer = ort.OrtValue.ortvalue_from_numpy(empty(i, batch, tokens), device)
+        binding.bind_ortvalue_input(i.name, buffer)
+        binding.bind_ortvalue_output(present_of(i.name), buffer)
 
 
 def after(session: ort.InferenceSession, feed: Mapping[str, Any], past: int) -> dict[str, Any]:
@@ -74,12 +99,19 @@ def after(session: ort.InferenceSession, feed: Mapping[str, Any], past: int) -> 
         if is_past(name):
             shape = (value.shape[0], value.shape[1], past, value.shape[3])
             made[name] = (
-                rng.standard_normal(shape, np.float32)
-                if value.dtype == np.float32
+                rng.standard_normal(shape, np.float32).astype(value.dtype)
+                if np.issubdtype(value.dtype, np.floating)
                 else rng.integers(0, 128, shape, value.dtype)
             )
-    mask = made["attention_mask"]
-    made["attention_mask"] = np.pad(mask, ((0, 0), (past, 0)), constant_values=1)
+    mask = made[MASK]
+    made[MASK] = np.pad(mask, ((0, 0), (past, 0)), constant_values=1)
     if "position_ids" in made:
         made["position_ids"] = made["position_ids"] + past
     return made
+
+
+def last_columns(feed: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    """Where each row of `feed` has its last real token, [batch, 1, 1]: of the new tokens."""
+    mask = np.asarray(feed[MASK])[:, -np.shape(feed[TOKENS])[1] :] != 0
+    found = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
+    return np.asarray(found, np.int64)[:, None, None]

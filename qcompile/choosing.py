@@ -20,7 +20,7 @@ from qcompile.gradients import Importance
 from qcompile.labelling import Cost, Item, Problem, Solution, front, solve
 from qcompile.linears import Linear, Site
 from qcompile.options import Options
-from qcompile.precision import FLOAT_BYTES, INT8, Choice, Floats, Label
+from qcompile.precision import CODED, FLOAT_BYTES, Choice, Floats, Label
 from qcompile.sensitivity import Damage
 from qcompile.targets.base import Target
 from qcompile.weight_blocks import BLOCK_SIZE
@@ -39,6 +39,11 @@ SIZE_MARGIN: Final = 0.995
 """Part of a limit on bytes that a prediction may fill: inserted Muls are not known yet."""
 
 UNSEEN: Final = "; accuracy is measured on an output that does not depend on it"
+
+STEPS: Final = 3
+"""How many times as much as a prompt's a step's relative time counts where there is a cache. Of a
+prompt of 128 tokens and as many after it, steps take nine tenths in float; of a prompt that is four
+times as long, two thirds."""
 
 SECOND: Final = 1e-3
 """Weight of the time where another objective comes first."""
@@ -65,6 +70,7 @@ class Measured:
         how: damage was found: from gradients, or each op alone.
         floats: the type of what is not quantised.
         whole: whether `float_times` are of the whole model.
+        steps: how much the relative time at a shape of one token counts beside the others'.
         notes: on the times, for the report.
         block_size: input channels that share a scale, of weights in blocks.
         zero_points: whether those blocks have them.
@@ -84,6 +90,7 @@ class Measured:
     how: str = "gradient"
     floats: Floats = "float32"
     whole: bool = True
+    steps: int = 1
     savings: Mapping[str, Mapping[Label, Sequence[float]]] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
     block_size: int = BLOCK_SIZE
@@ -110,7 +117,7 @@ class Measured:
                             )
                             for label in labels
                         },
-                        needs={label: label if label in INT8 else None for label in labels},
+                        needs={label: label if label in CODED else None for label in labels},
                     )
                 )
         conversions: dict[str, dict[str, Cost]] = {
@@ -254,9 +261,9 @@ def weight_bytes(
 
 def _prices(measured: Measured, problem: Problem) -> tuple[Cost, Cost, Cost]:
     """Weights that turn a cost vector into relative time, relative damage and relative size."""
-    shapes = len(measured.float_times)
     time, damage, size = (np.zeros(problem.width) for _ in range(3))
-    time[:shapes] = 1.0 / (np.array(measured.float_times) * shapes)
+    parts = np.array([measured.steps if tokens == 1 else 1 for _, tokens in measured.shapes])
+    time[: len(parts)] = parts / (np.array(measured.float_times) * parts.sum())
     scheme = sum(float(item.costs[next(iter(item.costs))][-2]) for item in problem.items)
     damage[-2] = TIE / scheme if scheme > 0 else 0.0
     all_bytes = sum(max(float(c[-1]) for c in item.costs.values()) for item in problem.items)

@@ -10,40 +10,18 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
 
-from qcompile.errors import QcompileError
-
-if TYPE_CHECKING:
-    from qcompile.config import CompileConfig
+from qcompile.cli_group import CompileByDefault
+from qcompile.errors import ConfigError, QcompileError
 
 _INTERRUPTED = 130
 
 
-class _CompileByDefault(click.Group):
-    """``qcompile MODEL`` is ``qcompile compile MODEL``: a first word that is no command."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in self.commands:
-            args = ["compile", *args]
-        return super().resolve_command(ctx, args)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        # Options may stand before MODEL; those of the group itself are --help and --version.
-        if args and args[0].startswith("-") and args[0] not in ("--help", "--version"):
-            args = ["compile", *args]
-        return super().parse_args(ctx, args)
-
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage("qcompile", "MODEL [OPTIONS]  |  COMMAND [ARGS]")
-
-
-@click.group(cls=_CompileByDefault, context_settings={"help_option_names": ["--help"]})
+@click.group(cls=CompileByDefault, context_settings={"help_option_names": ["--help"]})
 @click.version_option(package_name="qcompile")
 def cli() -> None:
     """Compile a model to a quantised, verified ONNX graph.
@@ -56,7 +34,10 @@ def cli() -> None:
 @cli.command("compile", short_help="Compile MODEL (the default command).")
 @click.argument("model")
 @click.option("--target", default="ort-cpu", show_default=True, help="See `qcompile targets`.")
-@click.option("--scheme", default="w8a8", show_default=True, help="See `qcompile schemes`.")
+@click.option(
+    "--scheme",
+    help="See `qcompile schemes`.  [default: w8a8, or what a quantised checkpoint holds]",
+)
 @click.option(
     "--compare",
     help="Several schemes, like w8a8,w4a16:gptq: each into a folder of its own, and one table.",
@@ -138,10 +119,16 @@ def cli() -> None:
     default=None,
     help="A language model keeps keys and values: for `qcompile run`.  [default: with kv8, kv4]",
 )
+@click.option("--last-logits", is_flag=True, help="With a cache: of a prompt, the last logits.")
 @click.option(
-    "--last-logits",
-    is_flag=True,
-    help="With --cache: of a prompt, the last token's logits only; pad batches on the left.",
+    "--adapter", type=click.Path(path_type=Path), help="Folder of a PEFT adapter (LoRA) for MODEL."
+)
+@click.option(
+    "--keep-adapter",
+    "adapter_mode",
+    flag_value="keep",
+    default="merge",
+    help="Keep it beside the weights, in float.  [default: merge it into them]",
 )
 @click.option(
     "--strict/--no-strict",
@@ -154,7 +141,7 @@ def cli() -> None:
 def compile_command(
     model: str,
     target: str,
-    scheme: str,
+    scheme: str | None,
     compare: str | None,
     output: Path | None,
     calibration: str | None,
@@ -169,8 +156,8 @@ def compile_command(
     **options: Any,
 ) -> None:
     """Compile MODEL: a Hugging Face folder or hub id, an .onnx file, or path/file.py:factory."""
+    from qcompile.checkpoints.scheme import choose_scheme
     from qcompile.config import CompileConfig, Recipe, parse_size, parse_smooth
-    from qcompile.schemes import get_scheme
     from qcompile.shapes import parse_shapes
     from qcompile.staging import check_output
     from qcompile.targets import get_target
@@ -184,11 +171,18 @@ def compile_command(
         **options,
     )
     if compare is not None:
-        _compare(model, target, compare, calibration, config, output, overwrite, as_json, quiet)
+        if scheme is not None:
+            raise ConfigError("--compare names the schemes, so --scheme has no effect")
+        from qcompile.cli_compare import compare_command
+
+        compare_command(
+            model, compare, _stdout(), target=target, calibration=calibration, config=config,
+            output=output, overwrite=overwrite, as_json=as_json, quiet=quiet,
+        )  # fmt: skip
         return
     # What can be known to be wrong without the model is said before torch is imported.
     get_target(target)
-    get_scheme(scheme)
+    scheme = choose_scheme(model, scheme)
     from qcompile import default_output
 
     folder = output or default_output(model, target, scheme)
@@ -217,51 +211,6 @@ def compile_command(
         print_summary(artifact, _stdout())
 
 
-def _compare(
-    model: str,
-    target: str,
-    names: str,
-    calibration: str | None,
-    config: CompileConfig,
-    output: Path | None,
-    overwrite: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    from qcompile import default_output
-    from qcompile.schemes import get_scheme, parse_schemes
-    from qcompile.staging import check_output
-    from qcompile.targets import get_target
-
-    schemes = parse_schemes(names)
-    get_target(target)
-    for name in schemes:
-        get_scheme(name)
-    folder = output or default_output(model, target, "compare")
-    check_output(folder, overwrite=overwrite)
-
-    from qcompile.comparing import compare_schemes
-    from qcompile.summary import comparison_table
-
-    console = Console(stderr=True)
-    rows = compare_schemes(
-        model,
-        schemes,
-        target=target,
-        calibration=calibration,
-        config=config,
-        output=folder,
-        overwrite=overwrite,
-        console=console if console.is_terminal and not quiet else None,
-    )
-    if as_json:
-        click.echo(
-            json.dumps({"path": str(folder), "rows": [r.model_dump() for r in rows]}, indent=1)
-        )
-    elif not quiet:
-        _stdout().print(comparison_table(rows, f"{model} → {folder}"))
-
-
 @cli.command("targets", short_help="List targets and what they can run.")
 def targets_command() -> None:
     """List targets, their variants and their capability tables."""
@@ -274,17 +223,10 @@ def targets_command() -> None:
 @cli.command("schemes", short_help="List schemes.")
 def schemes_command() -> None:
     """List quantisation schemes."""
-    from qcompile.methods import SUMMARIES
-    from qcompile.schemes import CACHES, SCHEMES
+    from qcompile.summary import scheme_lines
 
-    for scheme in SCHEMES.values():
-        click.echo(f"{scheme.name:8} {scheme.summary}")
-    having = " and ".join(s.name for s in SCHEMES.values() if s.has_methods)
-    click.echo(f"Methods of {having}, after a colon:")
-    for method, summary in SUMMARIES.items():
-        click.echo(f"  :{method:9} {summary}")
-    for suffix, bits in CACHES.items():
-        click.echo(f"…{suffix:7} any of these, keys and values kept in {bits} bits")
+    for line in scheme_lines():
+        click.echo(line)
 
 
 @cli.command("inspect", short_help="Show an artifact's plan per op.")
@@ -300,6 +242,27 @@ def inspect_command(folder: Path, as_json: bool) -> None:
         click.echo(report.model_dump_json(indent=1))
     else:
         print_ops(report, _stdout())
+
+
+@cli.command("report", short_help="Draw an artifact's page again, or compare several.")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File to write.  [default: report.html in FOLDER, if there is one]",
+)
+def report_command(folders: tuple[Path, ...], output: Path | None) -> None:
+    """Draw the page of the artifact FOLDERS: of one as compiling does, of several side by side."""
+    from qcompile.redrawing import draw_again, draw_to
+
+    if output is not None:
+        draw_to(output, folders)
+        click.echo(output)
+        return
+    if len(folders) > 1:
+        raise ConfigError("several artifacts make a page of their own", hint="name it with -o FILE")
+    click.echo(draw_again(folders[0]))
 
 
 @cli.command("check", short_help="Verify an artifact again, on this machine.")
@@ -330,7 +293,9 @@ def check_command(folder: Path, as_json: bool, trust_library: bool) -> None:
     show_default=True,
     help="0: always the likeliest token.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is drawn.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn."
+)
 def run_command(
     folder: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int
 ) -> None:
@@ -393,7 +358,9 @@ def main() -> None:
     except QcompileError as error:
         _fail(str(error), 1)
     except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; nothing was written", _INTERRUPTED)
+        # Only compiling writes anything, and it is the default.
+        compiling = not sys.argv[1:] or sys.argv[1] not in {*cli.commands} - {"compile"}
+        _fail(f"interrupted{'; nothing was written' if compiling else ''}", _INTERRUPTED)
     except BrokenPipeError:
         # `qcompile inspect DIR | head`: the reader has gone, and that is no error.
         with contextlib.suppress(OSError):
@@ -417,6 +384,8 @@ def _quiet_libraries() -> None:
         warnings.simplefilter("ignore")
     # It tells of each intermediate value whose type the exporter left out.
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+    # It tells of a font cache that takes long to build.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

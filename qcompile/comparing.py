@@ -64,7 +64,7 @@ def compare_schemes(
     """
     if config.plan_in is not None or config.plan_out is not None:
         raise ConfigError("a plan is of one scheme, so plan_in and plan_out are not for comparing")
-    ready = {name: checked(target, name, calibration, config) for name in schemes}
+    ready = {name: checked(source, target, name, calibration, config) for name in schemes}
     rows: dict[str, Row] = {}
     errors: list[QcompileError] = []
     with staged(output, overwrite=overwrite) as (folder, work):

@@ -15,6 +15,7 @@ from qcompile.errors import ConfigError
 from qcompile.methods import Method
 
 Activations: TypeAlias = Literal["static", "dynamic", "token"]
+AdapterMode: TypeAlias = Literal["merge", "keep"]
 Objective: TypeAlias = Literal["latency", "size", "accuracy", "scheme"]
 RangeMethod: TypeAlias = Literal["minmax", "percentile", "entropy", "mse"]
 Smooth: TypeAlias = Annotated[
@@ -39,7 +40,7 @@ class _Frozen(pydantic.BaseModel):
 class SiteRule(_Frozen):
     """What a recipe asks for the modules that its glob matches. Unset fields keep the default."""
 
-    precision: Literal["float", "w8a8", "w8a16", "w4a16", "split"] | None = None
+    precision: Literal["float", "w8a8", "fp8", "w8a16", "w4a16", "split"] | None = None
     method: Method | None = None
     activations: Activations | None = None
     smooth: Smooth | None = None
@@ -49,11 +50,11 @@ class SiteRule(_Frozen):
     def _has_effect(self) -> SiteRule:
         if self.ranges is not None and self.activations in ("dynamic", "token"):
             raise ValueError(f"ranges are static, and {self.activations} activations have none")
-        if self.precision not in (None, "w8a8") and {
+        if self.precision is not None and not self.coded and {
             self.activations, self.smooth, self.ranges
         } != {None}:  # fmt: skip
             raise ValueError(f"{self.precision} takes no other field")
-        if self.method is not None and self.precision not in (None, "w8a16", "w4a16"):
+        if self.method is not None and self.precision is not None and not self.in_blocks:
             raise ValueError(f"{self.precision} has no methods")
         return self
 
@@ -62,6 +63,16 @@ class SiteRule(_Frozen):
         """The fields of a rule that is one word: ``float``, ``w4a16``, ``w4a16:gptq``."""
         precision, colon, method = text.partition(":")
         return {"precision": precision, **({"method": method} if colon else {})}
+
+    @property
+    def coded(self) -> bool:
+        """Whether it asks for codes of weights and activations."""
+        return self.precision in ("w8a8", "fp8")
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it asks for weights alone, in blocks of integers."""
+        return self.precision in ("w8a16", "w4a16")
 
 
 class Recipe(_Frozen):
@@ -78,9 +89,14 @@ class Recipe(_Frozen):
         # Unchecked: what is without effect in one rule may come of two that overlap.
         return SiteRule.model_construct(**merged)
 
-    def names(self, precision: str) -> bool:
-        """Whether a rule gives `precision` to any module."""
-        return any(rule.precision == precision for _, rule in self.rules)
+    @property
+    def codes(self) -> bool:
+        """Whether a rule asks for codes of activations, whatever the scheme."""
+        return any(rule.coded for _, rule in self.rules)
+
+    def before(self, other: Recipe) -> Recipe:
+        """The rules of `other`, then these."""
+        return Recipe(rules=(*other.rules, *self.rules))
 
     def unmatched(self, paths: list[str]) -> list[str]:
         """Globs that match none of `paths`: almost always a spelling mistake."""
@@ -162,8 +178,10 @@ class CompileConfig(_Frozen):
             (and 1x1 for what generates), else the first held-back sample's.
         cache: a causal language model keeps its keys and values, so that it generates; without,
             its graph gives the logits of every position at once. None: as the scheme has it.
-        last_logits: with a cache, the graph gives the logits of the last column only, which in a
-            batch that is padded on the right is padding: nothing detects that.
+        last_logits: with a cache, the graph gives the logits of each row's last token only.
+        adapter: folder of a PEFT adapter (LoRA) for a Transformers model.
+        adapter_mode: ``merge`` it into the weights before they are quantised, or ``keep`` it beside
+            them in float.
         strict: a verification that does not hold is an error, not only a line in the report.
 
     Raises:
@@ -193,6 +211,8 @@ class CompileConfig(_Frozen):
     shapes: tuple[Shape, ...] = ()
     cache: bool | None = None
     last_logits: bool = False
+    adapter: Path | None = None
+    adapter_mode: AdapterMode = "merge"
     strict: bool = True
 
     @pydantic.field_validator("recipe", mode="before")
@@ -241,9 +261,9 @@ class CompileConfig(_Frozen):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _last_logits_have_effect(self) -> CompileConfig:
-        if self.last_logits and not self.cache:
-            raise ValueError("last_logits are for generating, so they want a cache")
+    def _adapter_mode_has_effect(self) -> CompileConfig:
+        if self.adapter is None and self.adapter_mode != "merge":
+            raise ValueError("there is no adapter to keep")
         return self
 
     # Last, so that it sees what the other validators refuse.

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from qcompile.choosing import Decision
 from qcompile.config import CompileConfig
 from qcompile.labelling import Solution
-from qcompile.precision import INT8, Label
+from qcompile.precision import CODED, Label
 from qcompile.report import CandidateRow, FrontRow, Planning
 from qcompile.sensitivity import unit_of
 from qcompile.traced import Kind
@@ -56,7 +56,7 @@ def candidate_rows(decision: Decision) -> dict[str, list[CandidateRow]]:
                         label=label,
                         microseconds=_micro(measured.times[name][label]),
                         conversion=_micro(measured.conversions[site.name][label])
-                        if label in INT8
+                        if label in CODED
                         else None,
                         saved=_micro(saved) if (saved := savings.get(label)) else None,
                         damage=measured.damage.get(name, {}).get(label, 0.0),

@@ -17,7 +17,14 @@ _UNLIMITED: Final = 2048
 _CHOSEN: Final = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}
 
 
-def genai_config(graph: ir.Graph, folder: Path, max_length: int | None) -> dict[str, Any]:
+def genai_config(
+    graph: ir.Graph,
+    folder: Path,
+    max_length: int | None,
+    *,
+    provider: str | None = None,
+    library: str | None = None,
+) -> dict[str, Any]:
     """The configuration of a graph with a cache.
 
     Args:
@@ -25,6 +32,8 @@ def genai_config(graph: ir.Graph, folder: Path, max_length: int | None) -> dict[
         folder: may hold ``config.json`` and ``generation_config.json``, which name the special
             tokens and how to sample.
         max_length: the most tokens in a sequence; None: the model does not say.
+        provider: the execution provider as onnxruntime-genai names it, ``cuda``; None: the CPU.
+        library: of custom operators, a file in `folder`.
     """
     given = model_settings(folder)
     inputs = {str(value.name): value for value in graph.inputs}
@@ -50,7 +59,10 @@ def genai_config(graph: ir.Graph, folder: Path, max_length: int | None) -> dict[
             "vocab_size": int(logits[-1]),  # type: ignore[arg-type]
             "decoder": {
                 "filename": "model.onnx",
-                "session_options": {"provider_options": []},
+                "session_options": {
+                    "provider_options": [{provider: {}}] if provider else [],
+                    **({"custom_ops_library": library} if library else {}),
+                },
                 "head_size": size,
                 "hidden_size": given.get("hidden_size", given.get("n_embd", heads * size)),
                 "num_attention_heads": heads,

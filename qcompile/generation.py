@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from qcompile.cache import empty, has_cache, is_past, is_present, past_of
+from qcompile.cache import bind_shared, has_cache
 from qcompile.errors import ConfigError, ModelError
+from qcompile.session import device_of
 
 Tokens: TypeAlias = npt.NDArray[np.int64]
 Logits: TypeAlias = npt.NDArray[np.float32]
@@ -40,16 +41,8 @@ class Decoder:
         self._mask = np.zeros((batch, 0), np.int64)
         self._binding = session.io_binding()
         self._binding.bind_output(_LOGITS, "cpu")  # the first to be bound is the first to be read
-        buffers = {
-            i.name: ort.OrtValue.ortvalue_from_numpy(empty(i, batch, capacity))
-            for i in session.get_inputs()
-            if is_past(i.name)
-        }
-        for name, buffer in buffers.items():
-            self._binding.bind_ortvalue_input(name, buffer)
-        for name in outputs:
-            if is_present(name):
-                self._binding.bind_ortvalue_output(name, buffers[past_of(name)])
+        device = device_of(session.get_providers()[0])
+        bind_shared(session, self._binding, batch, capacity, device)
 
     @property
     def length(self) -> int:
@@ -78,7 +71,7 @@ class Decoder:
             self._binding.bind_cpu_input(name, value)
         self._binding.bind_output(_LOGITS, "cpu")  # anew: its size changes
         self._session.run_with_iobinding(self._binding)
-        logits: Logits = self._binding.get_outputs()[0].numpy()
+        logits: Logits = self._binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
         return logits
 
 
@@ -126,4 +119,7 @@ def _drawn(logits: Logits, temperature: float, rng: np.random.Generator) -> Toke
         return np.asarray(logits.argmax(axis=-1))
     # The largest of logits with Gumbel noise is a draw from their softmax.
     noise = -np.log(-np.log(rng.random(logits.shape)))
-    return np.asarray((logits / temperature + noise).argmax(axis=-1))
+    below = logits - logits.max(
+        axis=-1, keepdims=True
+    )  # so that no quotient is infinite at the top
+    return np.asarray((below / temperature + noise).argmax(axis=-1))

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qcompile.linears import find_linears
+from qcompile.names import apart
 from qcompile.precision import PrecisionPlan
 from qcompile.session import HERE, Runtime, open_session
 from qcompile.targets.base import Target
@@ -66,11 +67,11 @@ def read_back(path: Path, scratch: Path | None = None, runtime: Runtime | None =
 
 def _kernels(model: ir.Model) -> Kernels:
     kinds = [(str(node.name), _kind(node)) for node in model.graph.all_nodes()]
+    counts = dict(Counter(kind for _, kind in kinds))
     # A float Linear that kept its name is still worth naming in `inspect`.
-    named = dict(kinds) | {
-        linear.name: "MatMul" for linear in find_linears(model.graph) if linear.name
-    }
-    return Kernels(counts=dict(Counter(kind for _, kind in kinds)), by_name=named)
+    kinds += [(linear.name, "MatMul") for linear in find_linears(model.graph) if linear.name]
+    named = {part: kind for name, kind in kinds for part in apart(name)}
+    return Kernels(counts=counts, by_name=named)
 
 
 def _kind(node: ir.Node) -> str:

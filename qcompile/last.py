@@ -1,4 +1,4 @@
-"""Logits of the last token only, once the graph that gives them all was verified."""
+"""Logits of each row's last token only, once the graph that gives them all was verified."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.cache import last_columns
 from qcompile.equivalence import TOLERANCE
 from qcompile.errors import ModelError, VerificationError
 from qcompile.passes.last_logits import LastLogits
@@ -16,7 +17,7 @@ from qcompile.traced import Batch
 
 
 def keep_last(graph: ir.Model, path: Path, target: Target, feed: Batch) -> None:
-    """Emit `graph` again, with the logits of the last token only.
+    """Emit `graph` again, with the logits of each row's last token only.
 
     Args:
         graph: as it was emitted to `path`, with the logits of every token.
@@ -30,7 +31,7 @@ def keep_last(graph: ir.Model, path: Path, target: Target, feed: Batch) -> None:
     """
     session = open_session(path, target.runtime())
     sample = first_sample(session, feed)
-    wanted = run_outputs(session, sample)["logits"][:, -1:]
+    wanted = np.take_along_axis(run_outputs(session, sample)["logits"], last_columns(sample), 1)
     del session
     if not LastLogits()(graph).modified:
         raise ModelError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx_ir as ir
 
+from qcompile.cache import PAST
 from qcompile.config import CompileConfig
 from qcompile.costs import open_costs
-from qcompile.errors import ConfigError, check_reachable
+from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.planfile import PlanFile
 from qcompile.schemes import Scheme
 from qcompile.targets import Target
@@ -46,8 +49,14 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             f"target {target.name} has no scheme {scheme.base}",
             hint="one of " + ", ".join(target.schemes),
         )
-    if config.cache and not target.caches:
-        raise ConfigError(f"target {target.name} has no attention with a cache")
+    lacking = target.scheme_obstacle(scheme.base)
+    if lacking is not None:
+        raise ConfigError(f"scheme {scheme.base}: {lacking}")
+    if config.cache and (scheme.floats or target.floats) not in target.caches:
+        raise ConfigError(
+            f"scheme {scheme.name}: target {target.name} has attention with a cache in "
+            f"{' and '.join(target.caches) or 'no type'}"
+        )
     if scheme.cache_bits is not None:
         if config.cache is False:
             raise ConfigError(
@@ -56,24 +65,34 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         missing = target.cache_obstacle(scheme.cache_bits)
         if missing is not None:
             raise ConfigError(f"scheme {scheme.name}: {missing}")
+    if config.last_logits and not config.cache and scheme.cache_bits is None:
+        raise ConfigError("last_logits are for generating, so they want a cache")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
     if scheme.method is not None and config.method not in ("rtn", scheme.method):
         raise ConfigError(f"scheme {scheme.name} and method {config.method} contradict each other")
-    in_blocks = scheme.has_methods or any(config.recipe.names(k) for k in ("w8a16", "w4a16"))
+    in_blocks = scheme.has_methods or any(rule.in_blocks for _, rule in config.recipe.rules)
     for field in ("method", "block_size", "symmetric"):
         asked = getattr(config, field) != CompileConfig.model_fields[field].default
-        sized = field == "block_size" and bool(scheme.labels)
+        sized = field == "block_size" and bool(scheme.labels) and not scheme.keeps
         if asked and not (in_blocks or sized or (field == "symmetric" and scheme.modes)):
-            raise ConfigError(
-                f"scheme {scheme.name} has no weights in blocks, so {field} has no effect"
-            )
-    if scheme.quantizes and not scheme.modes and not config.recipe.names("w8a8"):
+            why = "rounds nothing" if scheme.keeps else "has no weights in blocks"
+            raise ConfigError(f"scheme {scheme.name} {why}, so {field} has no effect")
+    if scheme.quantizes and not scheme.modes and not config.recipe.codes:
         for field in ("activations", "smooth", "ranges"):
             if getattr(config, field) != CompileConfig.model_fields[field].default:
                 raise ConfigError(
                     f"scheme {scheme.name} quantises no activations, so {field} has no effect"
                 )
+    if scheme.keeps:
+        chooses = [name for name in ("plan_in", "costs") if getattr(config, name) is not None]
+        chooses += ["recipe"] if config.recipe.rules else []
+        chooses += [config.objective] if config.objective in ("size", "accuracy") else []
+        if chooses:
+            raise ConfigError(
+                f"a checkpoint that is quantised already leaves nothing to choose, so {chooses[0]} "
+                "has no effect"
+            )
     asked = [name for name in config.plans if name not in ("plan_in", "plan_out")]
     if config.objective not in ("latency", "scheme"):
         asked.append(f"objective {config.objective}")
@@ -89,6 +108,16 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             "min_speedup is a limit on the whole model, and the stored times are of Linears alone",
             hint="--costs with a file of times that were taken on such a machine",
         )
+
+
+def incomparable(target: Target, scheme: Scheme, config: CompileConfig) -> str | None:
+    """Why there is nothing to compare the compiled model's speed with, or None."""
+    if scheme.quantizes or not config.cache or "float32" in target.caches:
+        return None
+    return (
+        f"speed was not measured: target {target.name} has attention with a cache in "
+        f"{' and '.join(target.caches)} only, so that float32 does not run there"
+    )
 
 
 def check_limits(config: CompileConfig, model: TracedModel) -> None:
@@ -107,6 +136,21 @@ def check_limits(config: CompileConfig, model: TracedModel) -> None:
         raise ConfigError(
             f"max_kl is a limit on logits, and the outputs of a {model.task} model are none",
             hint="--objective accuracy with --min-speedup trades the same way",
+        )
+
+
+def check_cache_bits(path: Path, bits: int) -> None:
+    """Refuse codes of `bits` for the heads of the float graph in `path`, one with a cache.
+
+    Raises:
+        ModelError: heads of an odd size, where two channels share a byte.
+    """
+    past = next(v for v in ir.load(path).graph.inputs if v.name == PAST.format(0, "key"))
+    size = past.shape[-1] if past.shape is not None else None
+    if bits == 4 and isinstance(size, int) and size % 2:
+        raise ModelError(
+            f"the model cannot have a cache of {bits} bits: its heads have {size} channels, "
+            "and two share a byte",
         )
 
 

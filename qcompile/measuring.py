@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qcompile.alone import measure_alone
 from qcompile.calibration.data import ROW_SAMPLES, TOKEN_SAMPLES, CalibrationData
 from qcompile.calibration.stats import Stats
-from qcompile.choosing import Measured
+from qcompile.choosing import STEPS, Measured
 from qcompile.config import CompileConfig
 from qcompile.costs import default_path, open_costs
 from qcompile.float4 import BLOCK_SIZE as FLOAT4_BLOCK
@@ -24,7 +24,7 @@ from qcompile.methods import is_symmetric
 from qcompile.options import Options
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
-from qcompile.precision import FLOAT_BYTES, INT8, LABELS, MODES, Choice, Floats, Label
+from qcompile.precision import CODED, FLOAT_BYTES, FP8, LABELS, MODES, Choice, Floats, Label
 from qcompile.probe import Prober, Times
 from qcompile.probe_graphs import Shape
 from qcompile.progress import Step
@@ -93,6 +93,7 @@ def measure(
         measured,
         importance=importance,
         how=how,
+        steps=STEPS if config.cache else 1,
         block_size=config.block_size or _block_size(options),
         zero_points=not is_symmetric(config.method, config.symmetric),
     )
@@ -148,7 +149,7 @@ def measure_times(
                     times[linear.name][label].append(seconds)
         conversions[site.name] = {
             label: [prober.conversion(label, count, site.channels) for count in rows[site.name]]
-            for label in INT8
+            for label in CODED
             if label in offered
         }
         maker = maker_of(site) if target.fuses else None
@@ -217,7 +218,7 @@ def estimate_damage(
     work: Path,
     progress: Step,
 ) -> tuple[Damage, Importance | None, str]:
-    """The damage of every implementation of every op, in a graph smoothed for INT8 everywhere.
+    """The damage of every implementation of every op, in a graph smoothed for codes everywhere.
 
     Returns:
         The damage, how much each Linear's outputs count (None where it is not known), and how the
@@ -238,7 +239,10 @@ def estimate_damage(
     except UnsupportedOpError as unsupported:
         how = f"each op alone: no gradient through {unsupported} is known here"
     importance = gradients.importance if gradients is not None else None
-    modes = {n: next((m for m in found.labels if m in MODES), None) for n, found in options.items()}
+    modes = {
+        n: next((m for m in found.labels if m in (*MODES, *FP8)), None)
+        for n, found in options.items()
+    }
     chosen = {n: Choice(mode or "float", "trial") for n, mode in modes.items()}
     graph = model.ir.clone()
     Untie(name for name, mode in modes.items() if mode)(graph)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Final
 
 import onnx_ir as ir
 
 MODULE_PATH_KEY: Final = "qcompile.module_path"
 _SCOPES_KEY: Final = "pkg.torch.onnx.name_scopes"
+_BESIDE: Final = " + "
 
 
 def module_path(node: ir.Node) -> str:
@@ -40,6 +42,16 @@ def module_path(node: ir.Node) -> str:
 def set_module_path(node: ir.Node, path: str) -> None:
     """Record `path` on `node`, where it survives every later rewrite that keeps metadata."""
     node.metadata_props[MODULE_PATH_KEY] = path
+
+
+def joined_name(names: Sequence[str]) -> str:
+    """The name of one node that does what several did; `apart` takes it apart again."""
+    return _BESIDE.join(names)
+
+
+def apart(name: str) -> list[str]:
+    """The names of the nodes that the node `name` stands for."""
+    return name.split(_BESIDE)
 
 
 def join_paths(paths: list[str]) -> str:

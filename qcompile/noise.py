@@ -9,6 +9,9 @@ makes no error). The output error, summed over the N outputs of every consumer, 
 with δ_n the step of output channel n's weights. Both terms depend on s; α is chosen for least sum.
 The errors of different sites add up at the model's output to first order, each with a factor that
 does not depend on s, so the α that is best for a site's outputs is best for the model's.
+
+e4m3 has no one step: its error is a part of each value, but for subnormals. In the second term it
+is that part of the output, whatever s is, and δ_n the step of subnormals.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import numpy.typing as npt
 
 from qcompile.calibration.stats import Stats
 from qcompile.config import Activations
+from qcompile.e4m3 import LARGEST, RELATIVE, SUBNORMAL, squared_error
 
 Array = npt.NDArray[Any]
 
@@ -65,21 +69,32 @@ class WeightMoments:
 
 
 def output_error(
-    stats: Stats, weights: WeightMoments, scale: Array, activations: Activations
+    stats: Stats,
+    weights: WeightMoments,
+    scale: Array,
+    activations: Activations,
+    *,
+    fp8: bool = False,
 ) -> float:
     """Predicted squared error per row of all outputs of a site smoothed by `scale` [K]."""
     values, counts = stats.weighted_values(scale)
-    step = _step(stats, scale, activations)
     seen = max(int(counts[0].sum()), 1)
-    per_value = np.minimum(step**2 / 12.0, np.square(values))
+    if fp8:
+        per_value = squared_error(values, _reach(stats, scale, activations) / LARGEST)
+    else:
+        step = _step(stats, scale, activations)
+        per_value = np.minimum(step**2 / 12.0, np.square(values))
     per_channel = np.einsum("kb,kb->k", per_value, counts) / seen
     from_activations = float(per_channel @ (weights.squares * scale**2))
-    steps = _largest(weights.weights, scale.astype(np.float32)) / WEIGHT_LEVELS
+    largest = _largest(weights.weights, scale.astype(np.float32))
+    steps = largest * (SUBNORMAL / LARGEST) if fp8 else largest / WEIGHT_LEVELS
     from_weights = float(
         (np.square(steps, dtype=np.float64) * weights.importance).sum()
         / 12.0
         * (stats.second_moment / scale**2).sum()
     )
+    if fp8:
+        from_weights += RELATIVE * float(weights.squares @ stats.second_moment)
     return from_activations + from_weights
 
 
@@ -96,10 +111,17 @@ def _largest(weights: Array, scale: Array) -> Array:
 def _step(stats: Stats, scale: Array, activations: Activations) -> float:
     """Distance of two codes; per token, the root mean square over rows."""
     if activations == "token":
-        return float(np.sqrt(_mean_square_row_maximum(stats, scale))) / TOKEN_LEVELS
+        return _reach(stats, scale, activations) / TOKEN_LEVELS
     low = min(float((stats.minimum / scale).min()), 0.0)
     high = max(float((stats.maximum / scale).max()), 0.0)
     return (high - low) / STATIC_LEVELS
+
+
+def _reach(stats: Stats, scale: Array, activations: Activations) -> float:
+    """The largest magnitude; per token, the root mean square of each row's."""
+    if activations == "token":
+        return float(np.sqrt(_mean_square_row_maximum(stats, scale)))
+    return float((stats.absmax / scale).max())
 
 
 def _mean_square_row_maximum(stats: Stats, scale: Array) -> float:

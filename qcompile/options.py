@@ -16,7 +16,7 @@ from qcompile.float4 import BLOCK_SIZE, as_float4
 from qcompile.linears import Linear, Site
 from qcompile.methods import FOLDED
 from qcompile.outliers import can_split
-from qcompile.precision import INT8, Choice, Label
+from qcompile.precision import CODED, Choice, Label
 from qcompile.rounding import rounding_of
 from qcompile.schemes import Scheme
 from qcompile.targets.base import Target
@@ -26,6 +26,9 @@ _NAMED: Final[Mapping[str, Label]] = {
     "w4a16": "weight4",
     "split": "split",
 }
+_FP8_OF: Final[Mapping[Activations, Label]] = {"token": "fp8", "static": "fp8-static"}
+_EVEN_STEPS: Final = ("entropy", "mse")
+"""Ranges that are chosen for codes at even distances."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ def find_options(
         rules = [
             config.recipe.rule_for(linear.name)
             for linear in site.linears
-            if set(options[linear.name].labels) & set(INT8)
+            if set(options[linear.name].labels) & set(CODED)
         ]
         _agree(site, options)
         for field in ("activations", "smooth", "ranges"):
@@ -77,13 +80,13 @@ def find_options(
 
 
 def _agree(site: Site, options: dict[str, Options]) -> None:
-    """Readers of one activation that have to be INT8 share a label; the others' follow from it.
+    """Readers that have to have one quantised activation share a label; the others' follow from it.
 
     Raises:
         ConfigError: they cannot.
     """
     readers = {linear.name: options[linear.name] for linear in site.linears}
-    forced = [set(o.labels) for o in readers.values() if set(o.labels) <= set(INT8)]
+    forced = [set(o.labels) for o in readers.values() if set(o.labels) <= set(CODED)]
     if not forced:
         return
     common = set.intersection(*forced)
@@ -95,7 +98,7 @@ def _agree(site: Site, options: dict[str, Options]) -> None:
         )
     for name, found in readers.items():
         shared = [label for label in found.labels if label in common]
-        others = [label for label in found.labels if label not in INT8]
+        others = [label for label in found.labels if label not in CODED]
         labels = (*shared, *others) or ("float",)
         options[name] = dataclasses.replace(found, labels=labels)
 
@@ -103,7 +106,7 @@ def _agree(site: Site, options: dict[str, Options]) -> None:
 def needs_ranges(options: Mapping[str, Options], chosen: Mapping[str, Choice]) -> bool:
     """Whether any activation may be quantised; rounding weights alone needs no calibration."""
     labels = {label for found in options.values() for label in found.labels}
-    return bool((labels | {choice.label for choice in chosen.values()}) & set(INT8))
+    return bool((labels | {choice.label for choice in chosen.values()}) & set(CODED))
 
 
 def scales_channels(chosen: Mapping[str, Choice], config: CompileConfig) -> bool:
@@ -141,7 +144,7 @@ def _check_recipe(sites: list[Site], config: CompileConfig, scheme: Scheme, targ
     for glob, rule in config.recipe.rules:
         matched = [name for name in names if fnmatchcase(name, glob)]
         given = rule.model_fields_set - {"precision", "method"}
-        if given and not scheme.modes and not config.recipe.names("w8a8"):
+        if given and not scheme.modes and not config.recipe.codes:
             raise ConfigError(
                 f"recipe rule {glob!r} gives {min(given)}, and scheme {scheme.name} quantises no "
                 "activations",
@@ -163,7 +166,7 @@ def _check_recipe(sites: list[Site], config: CompileConfig, scheme: Scheme, targ
 
 def _has_mode(rule: SiteRule, scheme: Scheme) -> bool:
     """Whether activations that `rule` is for may be quantised."""
-    return rule.precision == "w8a8" or (rule.precision is None and bool(scheme.modes))
+    return rule.coded or (rule.precision is None and bool(scheme.modes))
 
 
 def _options(linear: Linear, config: CompileConfig, scheme: Scheme, target: Target) -> Options:
@@ -186,20 +189,34 @@ def _options(linear: Linear, config: CompileConfig, scheme: Scheme, target: Targ
             reason = f"{linear.in_features} input channels are no multiple of the block's {size}"
             return Options(("float",), f"no {labels[0]} kernel of {target.name} takes it: {reason}")
         return Options((*labels, "float"), _scheme_reason(linear, scheme))
+    fp8 = rule.precision == "fp8" or (rule.precision is None and scheme.fp8)
+    codes = "fp8" if fp8 else "int8"
     refusal = target.refusal(linear.in_features, linear.out_features)
     if refusal is not None:
-        if rule.precision == "w8a8":
-            raise ConfigError(f"{target.name} has no int8 kernel for {linear.name}: {refusal}")
-        return Options(("float",), f"no int8 kernel of {target.name} takes it: {refusal}")
-    wanted = _modes(linear.name, config, target)
+        if rule.coded:
+            raise ConfigError(f"{target.name} has no {codes} kernel for {linear.name}: {refusal}")
+        return Options(("float",), f"no {codes} kernel of {target.name} takes it: {refusal}")
+    asked = _modes(linear.name, config, target)
+    wanted: tuple[Label, ...] = asked
+    if fp8:
+        wanted = tuple(_FP8_OF[mode] for mode in asked if mode in _FP8_OF)
     modes = tuple(mode for mode in wanted if target.capability("MatMul", mode) is not None)
+    if not modes and rule.precision == "fp8":
+        raise ConfigError(f"{target.name} has no kernel for fp8 ({linear.name})")
     if not modes:
-        return Options(("float",), f"{target.name} has no kernel for {wanted[0]} activations")
-    if rule.precision == "w8a8":
+        of = f"{asked[0]} activations" + (" in fp8" if fp8 else "")
+        return Options(("float",), f"{target.name} has no kernel for {of}")
+    ranges = rule.ranges or config.ranges
+    if "fp8-static" in modes and ranges in _EVEN_STEPS:
+        raise ConfigError(
+            f"ranges {ranges} are for codes at even distances, which fp8 has not ({linear.name})",
+            hint="minmax or percentile",
+        )
+    if rule.coded:
         return Options(modes, "recipe")
     if linear.tied:
         # The mode chosen for accuracy, in the place where an error is least forgiven.
-        modes = tuple(mode for mode in modes if mode != "token")
+        modes = tuple(mode for mode in modes if Choice(mode, "").mode != "token")
         if not modes:
             return Options(
                 ("float",),
@@ -208,7 +225,7 @@ def _options(linear: Linear, config: CompileConfig, scheme: Scheme, target: Targ
             )
     if rule.activations is not None:
         return Options(modes, "recipe")
-    further = _further(linear, config, target)
+    further = _further(linear, config, scheme, target)
     return Options((*modes, "float", *further), _scheme_reason(linear, scheme))
 
 
@@ -220,14 +237,19 @@ def _scheme_reason(linear: Linear, scheme: Scheme) -> str:
     return f"scheme {scheme.name}"
 
 
-def _further(linear: Linear, config: CompileConfig, target: Target) -> tuple[Label, ...]:
-    """Splitting and weight-only forms, where the mode is open; four bits where size is the aim."""
+def _further(
+    linear: Linear, config: CompileConfig, scheme: Scheme, target: Target
+) -> tuple[Label, ...]:
+    """Splitting and weight-only forms, where the mode is open; four bits where size is the aim; and
+    INT8 where FP8 was asked for, which as many bits can hold."""
     if config.activations != "auto":
         return ()
     # A split takes its range from the extremes alone.
     ranges = config.recipe.rule_for(linear.name).ranges or config.ranges
     splits = can_split(linear.in_features) and ranges == "minmax"
     wanted: list[Label] = ["split", "weight8"] if splits else ["weight8"]
+    if scheme.fp8:
+        wanted.append("token")
     if config.objective == "size":
         wanted.append("weight4")
     return tuple(label for label in wanted if target.capability("MatMul", label) is not None)

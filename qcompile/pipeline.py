@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
 from qcompile import artifact, frontend
 from qcompile.cache_effect import cache_report
+from qcompile.cache_plan import CachePlan
 from qcompile.cache_planning import plan_cache
 from qcompile.calibration.data import CalibrationData, check_calibration_path, load_calibration
 from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
+from qcompile.checkpoints.scheme import choose_scheme
 from qcompile.choosing import decide, scheme_choice
 from qcompile.codes import find_codes
-from qcompile.config import CompileConfig
+from qcompile.config import CompileConfig, Recipe
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
+from qcompile.joining import plan_joins
+from qcompile.keeping import keep_plan
 from qcompile.last import keep_last
-from qcompile.limits import broken_limits, check_limits, check_plan_paths, check_target
+from qcompile.limits import (
+    broken_limits,
+    check_cache_bits,
+    check_limits,
+    check_plan_paths,
+    check_target,
+    incomparable,
+)
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
 from qcompile.options import find_options, needs_ranges, require_any, scales_channels
@@ -35,7 +46,9 @@ from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_layer_norm import FuseLayerNorm
 from qcompile.passes.fuse_rms_norm import FuseRmsNorm
+from qcompile.passes.join_products import JoinProducts
 from qcompile.passes.kv_cache import KvCache
+from qcompile.passes.outer_product import OuterProduct
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
@@ -43,6 +56,7 @@ from qcompile.planfile import PLAN, PlanFile
 from qcompile.planning import float_plan, plan_precision
 from qcompile.precision import Choice, Floats, PrecisionPlan
 from qcompile.progress import Phases, Step
+from qcompile.ranges import Ranges, find_ranges
 from qcompile.report import Report
 from qcompile.reporting import make_report, site_rows
 from qcompile.schemes import Scheme, get_scheme
@@ -56,16 +70,26 @@ from qcompile.traced import TracedModel
 from qcompile.trying import Applied, keep_within, tried_kl
 from qcompile.verify import measure_sqnr, verify
 
-CANONICALIZE: tuple[type[ir.passes.InPlacePass], ...] = (
-    NameFixPass,
-    FuseLayerNorm,
-    FuseRmsNorm,
-    FuseGelu,
-    FuseAttention,
-    AttentionTo3D,
-    CanonicalLinear,
-)
-"""The few standard forms that every later phase matches. A new pass is one more line here."""
+KEPT_ADAPTER: Final = Recipe.from_mapping({"*.lora_[AB].*": "float"})
+"""Adapters that are kept are kept in float; a user's recipe may say otherwise."""
+
+
+def canonicalize(kept: Collection[str] = ()) -> list[ir.passes.InPlacePass]:
+    """The few standard forms that every later phase matches. A new pass is one more line here.
+
+    Args:
+        kept: Linears whose weights stay as they are, bit for bit.
+    """
+    return [
+        NameFixPass(),
+        FuseLayerNorm(),
+        FuseRmsNorm(),
+        FuseGelu(),
+        FuseAttention(),
+        AttentionTo3D(),
+        CanonicalLinear(kept),
+    ]
+
 
 Calibration: TypeAlias = str | Path | Iterable[str] | Iterable[Mapping[str, Any]] | None
 
@@ -86,7 +110,7 @@ def compile_model(
     Raises:
         QcompileError: anything that cannot be done; nothing is left at `output` then.
     """
-    chosen_target, chosen_scheme, config = checked(target, scheme, calibration, config)
+    chosen_target, chosen_scheme, config = checked(source, target, scheme, calibration, config)
     with staged(output, overwrite=overwrite) as (folder, work):
         shared = Shared(source, calibration, work)
         report = compile_shared(
@@ -122,7 +146,11 @@ class Shared:
 
 
 def checked(
-    target: str, scheme: str, calibration: Calibration, config: CompileConfig
+    source: frontend.Source,
+    target: str,
+    scheme: str | None,
+    calibration: Calibration,
+    config: CompileConfig,
 ) -> tuple[Target, Scheme, CompileConfig]:
     """What the names stand for, and `config` as the scheme completes it.
 
@@ -130,7 +158,7 @@ def checked(
         ConfigError: what can be known to be wrong before anything is computed.
         CalibrationError: there is no such file.
     """
-    chosen_target, chosen_scheme = get_target(target), get_scheme(scheme)
+    chosen_target, chosen_scheme = get_target(target), get_scheme(choose_scheme(source, scheme))
     if config.recipe.rules and not chosen_scheme.quantizes:
         raise ConfigError(
             f"scheme {scheme} quantises nothing, so a recipe has no effect",
@@ -166,15 +194,19 @@ def compile_shared(
         check_limits(config, model)
         traced_path = work / "traced.onnx"
 
-    cached = (KvCache(),) if config.cache else ()
+    cached = with_cache() if config.cache else ()
     lowered = partial(_lowered_float, model, target)
     baseline_path = float_path = lowered(cached, "float32", work / "float.onnx")
+    if scheme.cache_bits is not None:
+        check_cache_bits(float_path, scheme.cache_bits)
     if scheme.quantizes and target.floats != "float32":
         # The same in the type of what is not quantised: this a quantised model has to beat.
         baseline_path = lowered(cached, target.floats, work / "baseline.onnx")
     # Calibration and plans are of the graph without a cache: the same sites, the same weights.
     planned_path = lowered((), target.floats, work / "planned.onnx") if cached else baseline_path
 
+    if config.adapter_mode == "keep":
+        config = config.model_copy(update={"recipe": config.recipe.before(KEPT_ADAPTER)})
     with phases.phase("data") as step:
         data = shared.data or _calibration_data(
             shared.calibration, model, config, scheme, work, step
@@ -182,11 +214,20 @@ def compile_shared(
         shared.data = data
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
-    graph, decision = model.ir.clone(), None
+    graph, decision, notes, ranges = model.ir.clone(), None, list[str](), Ranges()
     smoothing, stats = SmoothingPlan(), dict[str, Stats]()
     floats = scheme.floats or target.floats
     plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}", floats)
-    if scheme.quantizes:
+    if scheme.keeps:
+        assert model.checkpoint is not None
+        with phases.phase("plan"):
+            plan, notes = keep_plan(find_sites(graph.graph), model.checkpoint, target)
+        PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
+    elif model.checkpoint is not None:
+        notes.append(
+            f"{model.checkpoint.description}: its codes are dequantised, as the scheme says"
+        )
+    elif scheme.quantizes:
         sites = find_sites(graph.graph)
         replayed = PlanFile.read(config.plan_in) if config.plan_in else None
         if replayed:
@@ -222,6 +263,7 @@ def compile_shared(
             )
         else:
             graph, smoothing, plan = apply(chosen)
+        ranges = find_ranges(model.ir, graph, stats, smoothing)
         PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
     rows = site_rows(stats, smoothing, plan)
     stats.clear()
@@ -233,7 +275,9 @@ def compile_shared(
     run(graph, [Quantize(plan)])
 
     with phases.phase("lower"):
-        run(graph, [*([KvCache(cache)] if config.cache else []), *target.lower(plan)])
+        run(graph, [*(with_cache(cache) if config.cache else ()), *target.lower(plan)])
+        if config.cache:
+            run(graph, [JoinProducts(plan_joins(plan, target))])
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:
@@ -245,7 +289,7 @@ def compile_shared(
             target,
             model.kind,
             data.held_back,
-            timed,
+            None if incomparable(target, scheme, config) else timed,
             baseline_path=baseline_path,
             past=prompt_length(model) if config.cache else None,
             progress=step,
@@ -267,8 +311,9 @@ def compile_shared(
         model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases,
         decision, config, kept,
     )  # fmt: skip
+    report.warnings += notes
     artifact.complete(
-        folder, model, target, report, plan, cache, config, data.held_back[0], traced_path
+        folder, model, target, report, ranges, plan, cache, config, data.held_back[0], traced_path
     )
     return report
 
@@ -276,9 +321,15 @@ def compile_shared(
 def _traced(source: frontend.Source, config: CompileConfig, work: Path) -> TracedModel:
     model = frontend.load(source, config, work)
     check_shapes(config.shapes, model)
-    run(model.ir, [pass_() for pass_ in CANONICALIZE])
+    stored = model.checkpoint.weights if model.checkpoint is not None else ()
+    run(model.ir, canonicalize(stored))
     model.ir = spill(model.ir, work, "canonical")
     return model
+
+
+def with_cache(plan: CachePlan | None = None) -> tuple[ir.passes.PassBase, ...]:
+    """The passes that give a model a cache; rotary angles may be written like attention."""
+    return (OuterProduct(), KvCache(plan))
 
 
 def _lowered_float(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from qcompile.calibration.ranges import static_range
 from qcompile.calibration.stats import Stats
 from qcompile.config import CompileConfig
+from qcompile.e4m3 import e4m3_scale, quantize_e4m3
 from qcompile.float4 import BLOCK_SIZE, as_float4, quantize_float4
 from qcompile.linears import Linear, Site
 from qcompile.outliers import find_split
@@ -78,13 +79,15 @@ def plan_precision(
             if split is not None:
                 moment = split.extend(moment, split.copies**2)
                 gram = split.extended_gram(gram, site.channels)
-            neighbours = Neighbours.of(gram)
+            neighbours = None if activation.fp8 else Neighbours.of(gram)
             names = tuple(linear.name for linear in quantized)
             site_plans.append(SitePlan(site.name, str(site.x.name), activation, names))
         for linear in site.linears:
             choice = chosen[linear.name]
             weight = None
-            if choice.mode is not None:
+            if choice.precision == "fp8":
+                weight = quantize_e4m3(weights(linear))
+            elif choice.mode is not None:
                 assert activation is not None
                 exact = weights(linear)
                 weight = quantize_weight(
@@ -166,10 +169,15 @@ def plan_activation(
     choice = chosen[linear.name]
     mode = choice.mode
     assert mode is not None
+    fp8 = choice.precision == "fp8"
+    anything = np.full(site.channels, 255)
     if mode != "static":
         # Any code can occur in any channel: the range is found at run time.
-        return ActivationQuant(mode, None, None, np.full(site.channels, 255))
+        return ActivationQuant(mode, None, None, anything, fp8=fp8)
     ranges = rule.ranges or config.ranges
+    if fp8:
+        scale = float(e4m3_scale(max(map(abs, static_range(stats, ranges)))))
+        return ActivationQuant(mode, scale, None, anything, fp8=True)
     # A channel's own extreme, not the tensor's: most channels stay far below code 255.
     reach = np.where(stats.maximum > 0, stats.maximum * HEADROOM, stats.maximum / HEADROOM)
     split = find_split(stats) if choice.label == "split" else None

@@ -13,15 +13,26 @@ from qcompile.outliers import Split
 
 Array = npt.NDArray[Any]
 
-Precision: TypeAlias = Literal["float", "int8", "weight8", "weight4", "nf4", "fp4"]
+Precision: TypeAlias = Literal["float", "int8", "weight8", "weight4", "fp8", "nf4", "fp4"]
 """What an op computes with; ``weight8`` and ``weight4`` leave its activation to the kernel, which
 takes float and rounds it for itself; ``nf4`` and ``fp4`` leave it in float."""
 
 Label: TypeAlias = Literal[
-    "float", "static", "dynamic", "token", "split", "weight8", "weight4", "nf4", "fp4"
+    "float",
+    "static",
+    "dynamic",
+    "token",
+    "split",
+    "weight8",
+    "weight4",
+    "fp8",
+    "fp8-static",
+    "nf4",
+    "fp4",
 ]
 """An implementation that can be chosen for an op; a mode stands for INT8 in that mode, ``split``
-for static INT8 with outlier channels on several channels each (`qcompile.outliers`)."""
+for static INT8 with outlier channels on several channels each (`qcompile.outliers`), ``fp8`` for
+e4m3 (`qcompile.e4m3`), activations per token."""
 
 Floats: TypeAlias = Literal["float32", "float16"]
 """The type of what stays floating point."""
@@ -31,20 +42,23 @@ FLOAT_BYTES: Final[dict[Floats, int]] = {"float32": 4, "float16": 2}
 LABELS: Final[tuple[Label, ...]] = get_args(Label)
 MODES: Final[tuple[Activations, ...]] = get_args(Activations)
 INT8: Final[tuple[Label, ...]] = (*MODES, "split")
+FP8: Final[tuple[Label, ...]] = ("fp8", "fp8-static")
+CODED: Final[tuple[Label, ...]] = (*INT8, *FP8)
 """The labels that quantise an op's activation; ops that read one activation agree on it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationQuant:
-    """How one site's activation is quantised, to uint8.
+    """How one site's activation is quantised, to uint8 or to e4m3.
 
     Attributes:
         mode: ``static``, ``dynamic`` (per tensor, at run time) or ``token`` (per row, at run time).
         scale: step between two codes, for static; else None.
-        zero_point: code of the value 0, for static; else None.
+        zero_point: code of the value 0, for static uint8; else None.
         highest: int64 [channels], the largest code each channel is planned to reach; copies of
             outlier channels included.
         split: outlier channels and how often they are copied, or None.
+        fp8: whether codes are e4m3; `highest` means nothing then.
     """
 
     mode: Activations
@@ -52,10 +66,13 @@ class ActivationQuant:
     zero_point: int | None
     highest: Array
     split: Split | None = None
+    fp8: bool = False
 
     @property
     def label(self) -> Label:
         """The implementation of the ops that read it."""
+        if self.fp8:
+            return "fp8-static" if self.mode == "static" else "fp8"
         return self.mode if self.split is None else "split"
 
 
@@ -64,11 +81,15 @@ class QuantizedWeight:
     """Codes per output channel, or in blocks of inputs: ``W ≈ (codes − zero_point) · scale``.
 
     Attributes:
-        codes: int8 [K, N]; K counts the copies of outlier channels.
+        codes: int8 or float8e4m3fn [K, N]; K counts the copies of outlier channels.
         scale: float32 [N], or [K / block_size, N].
         block_size: input channels that share a scale; None: all of them do.
         bits: of a code, 8 or 4.
         zero_point: int8 of the shape of `scale`, the codes of zero; None: they are zeros.
+        order: int64 [K], the input channel of every row of `codes`; None: as they come. What groups
+            channels by importance (GPTQ's act-order) stores them in blocks of another order.
+        offset: float32 of the shape of `scale`, in blocks that divide K: what is added to every
+            weight of a block, for formats whose zero is no code (GGUF's Q4_K); None: nothing.
         table: float32 [2^bits], what the codes are indices of; None: they are the values.
     """
 
@@ -77,17 +98,21 @@ class QuantizedWeight:
     block_size: int | None = None
     bits: int = 8
     zero_point: Array | None = None
+    order: Array | None = None
+    offset: Array | None = None
     table: Array | None = None
 
     def dequantized(self) -> Array:
-        """The float32 weight [K, N] that the codes stand for."""
+        """The float32 weight [K, N] that the codes stand for, rows in the order of the input."""
         result: Array = self.codes.astype(np.float32)
         if self.table is not None:
             result = self.table[self.codes]
         if self.zero_point is not None:
             result -= self._of_rows(self.zero_point)
         result *= self._of_rows(self.scale)
-        return result
+        if self.offset is not None:
+            result += self._of_rows(self.offset)
+        return result if self.order is None else result[np.argsort(self.order)]
 
     def _of_rows(self, values: Array) -> Array:
         if self.block_size is None:
@@ -108,13 +133,15 @@ class Choice:
         """How its activation is quantised, or None where it stays in float."""
         if self.label == "static" or self.label == "dynamic" or self.label == "token":
             return self.label
-        return "static" if self.label == "split" else None
+        if self.label == "fp8":
+            return "token"
+        return "static" if self.label in ("split", "fp8-static") else None
 
     @property
     def precision(self) -> Precision:
-        if self.mode is None:
-            return self.label  # type: ignore[return-value]
-        return "int8"
+        if self.label in FP8:
+            return "fp8"
+        return "int8" if self.mode is not None else self.label  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +166,11 @@ class OpPlan:
     out_features: int
     output: str
     weight: QuantizedWeight | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether it multiplies codes by codes: its activation is quantised, too."""
+        return self.precision in ("int8", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +214,8 @@ class PrecisionPlan:
 
     def label(self, op: OpPlan) -> Label:
         """What was chosen for `op`."""
-        if op.precision != "int8":
-            return op.precision
+        if not op.coded:
+            return op.precision  # type: ignore[return-value]
         site = self.site(op.site)
         assert site is not None
         return site.activation.label
@@ -217,7 +249,7 @@ class PrecisionPlan:
                 "site": op.site,
             }
             site = modes.get(op.site)
-            if op.precision == "int8" and site is not None:
+            if op.coded and site is not None:
                 row["activations"] = site.activation.mode
                 row["scale"] = site.activation.scale
                 row["zero_point"] = site.activation.zero_point

@@ -26,7 +26,7 @@ from qcompile.linears import is_constant
 from qcompile.makers import Maker
 from qcompile.passes.quantize import Quantize
 from qcompile.precision import (
-    INT8,
+    CODED,
     Label,
 )
 from qcompile.probe_graphs import (
@@ -173,21 +173,27 @@ class Prober:
         """Seconds of one Linear by label, its activation's conversion left out."""
         as_ = self.target.timed_as
         keys = {label: shape.key(as_.get(label, label)) for label in labels}
+        made_as = self.target.converted_as
         conversions: dict[Label, str] = {
-            mode: conversion_key(mode, shape.rows, shape.depth) for mode in INT8 if mode in labels
+            mode: conversion_key(made_as.get(mode, mode), shape.rows, shape.depth)
+            for mode in CODED
+            if mode in labels
         }
         if self.missing(conversions.values()):
-            self._measure_conversions(shape.rows, shape.depth, conversions)
+            own = {made_as.get(mode, mode): key for mode, key in conversions.items()}
+            self._measure_conversions(shape.rows, shape.depth, own)
         if self.missing(keys.values()):
             self._measure_linears(shape, keys, conversions)
         return {label: self.table.seconds[key] for label, key in keys.items()}
 
     def conversion(self, label: Label, rows: int, depth: int) -> float:
         """Seconds to quantise an activation; `linear` has measured it."""
-        return self.table.seconds[conversion_key(label, rows, depth)]
+        made_as = self.target.converted_as.get(label, label)
+        return self.table.seconds[conversion_key(made_as, rows, depth)]
 
     def fused(self, maker: Maker, label: Label, rows: int, depth: int) -> float | None:
         """Seconds that `maker` takes longer where it quantises what it makes."""
+        label = self.target.converted_as.get(label, label)
         both: tuple[Label, Label] = (label, "float")
         keys: dict[Label, str] = {each: maker_key(maker, each, rows, depth) for each in both}
         if self.missing(keys.values()):

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qcompile.e4m3 import E4M3
 from qcompile.float4 import as_float4, quantize_float4
 from qcompile.linears import find_linears
 from qcompile.makers import NORMS, Maker
@@ -131,6 +132,8 @@ def plan_of(model: ir.Model, label: Label, floats: Floats) -> PrecisionPlan:
     half = 2 ** (bits - 1)
     block = np.random.default_rng(1).integers(1 - half, half, RANDOM, np.int8)
     codes = np.resize(block, (linears[0].in_features, linears[0].out_features))
+    if precision == "fp8":
+        codes = codes.astype(E4M3)
     split = None
     if label == "split":
         split = Split(np.arange(_OUTLIERS), max(1, min(_COPIES, len(codes) // 8 // _OUTLIERS)))
@@ -151,9 +154,10 @@ def plan_of(model: ir.Model, label: Label, floats: Floats) -> PrecisionPlan:
             activation = ActivationQuant(
                 mode,
                 0.05 if mode == "static" else None,
-                128 if mode == "static" else None,
+                128 if mode == "static" and precision == "int8" else None,
                 np.full(len(codes), 255),
                 split,
+                fp8=precision == "fp8",
             )
             sites.append(SitePlan(str(x.name), str(x.name), activation, tuple(names)))
     return PrecisionPlan(tuple(sites), tuple(ops), floats)

@@ -8,10 +8,12 @@ import numpy as np
 
 from qcompile.calibration.data import CalibrationData
 from qcompile.calibration.stats import Stats, Summary
-from qcompile.choosing import Decision
+from qcompile.choosing import Decision, weight_bytes
 from qcompile.config import CompileConfig
 from qcompile.explaining import candidate_rows, planning_row
 from qcompile.leftovers import find_leftovers
+from qcompile.limits import incomparable
+from qcompile.linears import Linear, find_linears
 from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.progress import Phases
 from qcompile.report import (
@@ -51,6 +53,9 @@ def make_report(
     warnings = list(data.warnings) if scheme.calibrates else []
     if target.caveat:
         warnings.append(target.caveat)
+    nothing = incomparable(target, scheme, config)
+    if nothing is not None and target.runs_here:
+        warnings.append(nothing)
     unplanned = scheme.quantizes and config.objective != "scheme" and config.costs is None
     if unplanned and target.unmeasured and decision is None:
         warnings.append(target.unmeasured)
@@ -72,6 +77,7 @@ def make_report(
             + ", ".join(decision.measured.machine.values())
         )
     candidates = candidate_rows(decision) if decision is not None else {}
+    linears = {linear.name: linear for linear in find_linears(model.ir.graph)}
     return Report(
         model=model.name,
         task=model.task,
@@ -92,7 +98,10 @@ def make_report(
         speed=findings.speed,
         kernels=findings.kernels.counts,
         sites=sites,
-        ops=[_op_row(op, plan, findings, sqnr, candidates.get(op.name, [])) for op in plan.ops],
+        ops=[
+            _op_row(op, linears[op.name], plan, findings, sqnr, candidates.get(op.name, []))
+            for op in plan.ops
+        ],
         planning=planning_row(decision, config, model.kind) if decision is not None else None,
         floats=target.floats if scheme.quantizes else "float32",
         leftovers=[
@@ -128,6 +137,7 @@ def _site_row(name: str, smoothing: SmoothingPlan, stats: Stats, plan: Precision
 
 def _op_row(
     op: OpPlan,
+    linear: Linear,
     plan: PrecisionPlan,
     findings: Verification,
     sqnr: Mapping[str, float],
@@ -138,11 +148,20 @@ def _op_row(
         precision=op.precision,
         reason=op.reason,
         shape=(op.in_features, op.out_features),
+        label=plan.label(op),
+        bytes=_bytes(op, linear, plan),
         candidates=candidates,
         kernel=findings.kernels.by_name.get(op.name),
         sqnr_db=sqnr.get(op.name),
         saturation_safe=_saturation(op, plan),
     )
+
+
+def _bytes(op: OpPlan, linear: Linear, plan: PrecisionPlan) -> int:
+    if op.precision == "int8" and op.weight is not None:
+        # Copies of outlier channels included.
+        return op.weight.codes.nbytes + op.weight.scale.nbytes
+    return weight_bytes(linear, plan.label(op), plan.floats)
 
 
 def _saturation(op: OpPlan, plan: PrecisionPlan) -> str | None:

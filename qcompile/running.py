@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,10 +56,17 @@ def run_prompt(
 
     Raises:
         ModelError: no artifact, or one without cache or tokenizer.
-        ConfigError: an empty prompt, or one that leaves no position for a token.
+        ConfigError: an empty prompt, one that is no text or leaves no position for a token, or a
+            temperature that is none.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("the prompt is not valid UTF-8") from error
+    if not (math.isfinite(temperature) and temperature >= 0.0):
+        raise ConfigError(f"temperature {temperature} is no number from 0 on")
     record = read_record(folder)
     session = load(folder)
     if not has_cache(session):

@@ -8,7 +8,11 @@ from typing import Final
 from qcompile.config import Activations
 from qcompile.errors import ConfigError
 from qcompile.methods import METHODS, Method
-from qcompile.precision import MODES, Floats, Label
+from qcompile.precision import FP8, MODES, Choice, Floats, Label
+
+DEFAULT: Final = "w8a8"
+KEPT: Final = "checkpoint"
+"""The scheme of a source that is quantised already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +44,13 @@ class Scheme:
     @property
     def has_methods(self) -> bool:
         """Whether it is of weights alone, in blocks of integers."""
-        return bool(self.labels) and set(self.labels) <= {"weight8", "weight4"}
+        in_blocks = bool(self.labels) and set(self.labels) <= {"weight8", "weight4"}
+        return in_blocks and not self.keeps
+
+    @property
+    def keeps(self) -> bool:
+        """Whether codes and scales are those of the source."""
+        return self.base == KEPT
 
     @property
     def calibrates(self) -> bool:
@@ -55,7 +65,13 @@ class Scheme:
     @property
     def modes(self) -> tuple[Activations, ...]:
         """How it lets activations be quantised; none where only weights are."""
-        return tuple(mode for mode in MODES if mode in self.labels)
+        named = {Choice(label, "").mode for label in self.labels}
+        return tuple(mode for mode in MODES if mode in named)
+
+    @property
+    def fp8(self) -> bool:
+        """Whether codes are e4m3."""
+        return bool(set(self.labels) & set(FP8))
 
 
 SCHEMES: Final = {
@@ -64,12 +80,14 @@ SCHEMES: Final = {
         Scheme("fp32", "traced and fused, nothing quantised: the baseline", floats="float32"),
         Scheme("fp16", "as fp32, in float16: the baseline on a GPU", floats="float16"),
         Scheme("w8a8", "int8 weights per output channel, 8-bit activations, SmoothQuant", MODES),
+        Scheme("fp8", "e4m3 weights per output channel, e4m3 activations, SmoothQuant", FP8),
         Scheme("w8a16", "int8 weights in blocks, activations in float", ("weight8",)),
         Scheme("w4a16", "int4 weights in blocks, activations in float", ("weight4",)),
         Scheme("w4a8", "as w4a16 where the kernel rounds activations to int8", ("weight4",)),
         Scheme("mixed", "int4 or int8 weights in blocks, for --max-size", ("weight4", "weight8")),
         Scheme("nf4", "NormalFloat4 weights in blocks of 64, activations in float", ("nf4",)),
         Scheme("fp4", "as nf4, with 4-bit floats", ("fp4",)),
+        Scheme(KEPT, "a source that is quantised already, bit for bit", ("weight4", "weight8")),
     )
 }
 

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qcompile.e4m3 import LARGEST, rounded
 from qcompile.float4 import as_float4
 from qcompile.gradients import Seen, kept_columns
 from qcompile.linears import Linear
@@ -133,7 +134,7 @@ def quantized_activation(
         extremes: the smallest and the largest value of all rows are among these; None: of `x`.
         blockwise: see `Target.blockwise`.
     """
-    if op.precision != "int8":
+    if not op.coded:
         if not blockwise or as_float4(op.precision) is not None:
             return x
         assert op.weight is not None and op.weight.block_size is not None
@@ -141,6 +142,9 @@ def quantized_activation(
     site = plan.site(op.site)
     assert site is not None
     activation: ActivationQuant = site.activation
+    if activation.fp8:
+        step = activation.scale or x.abs().amax(-1, keepdim=True).clamp_min(1e-20) / LARGEST
+        return rounded(x / step) * step
     if activation.mode == "token":
         scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-20) / 127.0
         return (x / scale).round().clamp(-128, 127) * scale

@@ -25,6 +25,7 @@ class Runtime:
         library: of custom operators, to be registered, or None.
         entries: session configuration, as ONNX Runtime names it.
         options: of the preferred provider.
+        hosted: names of the nodes that may run on the CPU provider; None: any may.
         stand_in: why the kernels that the graph was made for do not run, where they do not.
     """
 
@@ -32,6 +33,7 @@ class Runtime:
     library: Path | None = None
     entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    hosted: frozenset[str] | None = None
     stand_in: str | None = None
 
     @property
@@ -71,7 +73,7 @@ def open_session(
             must not: the threads of one would hold the cores while the other is timed.
 
     Raises:
-        ModelError: ONNX Runtime refuses the graph.
+        ModelError: ONNX Runtime refuses the graph, or would run nodes on the CPU that must not.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what it logs as an error it raises too
@@ -88,17 +90,40 @@ def open_session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for key, value in runtime.entries.items():
         options.add_session_config_entry(key, value)
+    if runtime.hosted is not None:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         if runtime.library is not None:
             options.register_custom_ops_library(str(runtime.library))
         first, *others = runtime.providers
         providers = [(first, dict(runtime.options)), *((other, {}) for other in others)]
-        return ort.InferenceSession(str(path), options, providers=providers)
+        session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime raises its own, unexported types
         lines = str(error).strip().splitlines()
         raise ModelError(
             f"ONNX Runtime cannot run the graph: {lines[0] if lines else error}"
         ) from error
+    on_cpu = [] if runtime.hosted is None else _on_cpu(session, runtime.hosted)
+    if on_cpu:
+        raise ModelError(
+            f"{len(on_cpu)} nodes of the graph would run on the CPU, the first of them {on_cpu[0]}"
+        )
+    return session
+
+
+def _on_cpu(session: ort.InferenceSession, allowed: frozenset[str]) -> list[str]:
+    """Nodes that ONNX Runtime gave to the CPU provider, but for those `allowed`, by name."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise ModelError(
+            f"ONNX Runtime {ort.__version__} does not say where nodes run", hint="use a later one"
+        )
+    return [
+        f"{node.name} ({node.op_type})"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == "CPUExecutionProvider"
+        for node in part.get_nodes()
+        if node.name not in allowed
+    ]
 
 
 def run_outputs(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[str, np.ndarray]:

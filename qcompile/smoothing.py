@@ -164,11 +164,14 @@ def _plan_site(
             candidates[alpha] = awq_scale(stats, alpha, groups)
         errors = awq_errors(stats, weights.weights, candidates, rounding)
     else:
-        activations = chosen[planned[0].name].mode
-        assert activations is not None
+        choice = chosen[planned[0].name]
+        assert choice.mode is not None
         for alpha in ALPHAS if smooth == "auto" else (float(smooth),):
             candidates[alpha] = smoothing_scale(stats.absmax, weights.largest, alpha, groups)
-        errors = {a: output_error(stats, weights, s, activations) for a, s in candidates.items()}
+        predict = partial(
+            output_error, stats, weights, activations=choice.mode, fp8=choice.precision == "fp8"
+        )
+        errors = {a: predict(s) for a, s in candidates.items()}
     alpha_best = min(errors, key=lambda a: errors[a]) if smooth == "auto" else float(smooth)
     if alpha_best is None:
         return dataclasses.replace(nothing, reason="smoothing would not lessen the output error")

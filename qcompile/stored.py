@@ -40,7 +40,7 @@ class StoredTimes:
     def __init__(self, table: CostTable, target: Target) -> None:
         self.machine: Mapping[str, str] = table.machine
         self._seconds = table.seconds
-        self._timed_as = target.timed_as
+        self._timed_as, self._converted_as = target.timed_as, target.converted_as
         self._outside: set[str] = set()
 
     @property
@@ -81,14 +81,16 @@ class StoredTimes:
         Raises:
             ConfigError: the table knows nothing of it.
         """
-        seconds = self._of(conversion_key(label, rows, depth))
+        as_ = self._converted_as.get(label, label)
+        seconds = self._of(conversion_key(as_, rows, depth))
         if seconds is None:
             raise ConfigError(f"the stored table has no times of {label} activations")
         return seconds
 
     def fused(self, maker: Maker, label: Label, rows: int, depth: int) -> float | None:
         """Seconds that `maker` takes longer where it quantises what it makes."""
-        both = [self._of(maker_key(maker, each, rows, depth)) for each in (label, "float")]
+        labels: tuple[Label, ...] = (self._converted_as.get(label, label), "float")
+        both = [self._of(maker_key(maker, each, rows, depth)) for each in labels]
         return None if both[0] is None or both[1] is None else both[0] - both[1]
 
     def model(self, path: Path, graph: ir.Graph, feeds: Sequence[Feed]) -> list[float] | None:

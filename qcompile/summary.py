@@ -9,73 +9,30 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qcompile.artifact import Artifact
+from qcompile.artifact import PAGE, Artifact
 from qcompile.benching import Rate
 from qcompile.comparing import Row
+from qcompile.headline import FIGURES, headline, megabytes
+from qcompile.methods import SUMMARIES
 from qcompile.precision import LABELS
-from qcompile.report import Cache, CandidateRow, Planning, Report
+from qcompile.report import CandidateRow, Planning, Report
+from qcompile.schemes import CACHES, SCHEMES
 from qcompile.targets import Target
-
-_FIGURES = {
-    "kl": ("mean KL to float", "{:.5f} nats per row"),
-    "top1_agreement": ("top-1 agreement", "{:.2%}"),
-    "perplexity_float": ("perplexity, float", "{:.4g}"),
-    "perplexity": ("perplexity", "{:.4g}"),
-    "cosine": ("cosine similarity, mean", "{:.5f}"),
-    "cosine_min": ("cosine similarity, worst", "{:.5f}"),
-    "sqnr_db": ("SQNR of the output", "{:.1f} dB"),
-}
 
 
 def print_summary(artifact: Artifact, console: Console) -> None:
     """What was made, how large, how close to float, how fast."""
     report = artifact.report
     table = Table(title=f"{escape(report.model)} → {escape(str(artifact.path))}", show_header=False)
-    table.add_row("target, scheme", f"{report.target}, {report.scheme}")
-    ratio = report.bytes / report.bytes_float if report.bytes_float else 1.0
-    table.add_row("size", f"{_megabytes(report.bytes)} ({ratio:.0%} of float)")
-    precisions = ", ".join(f"{n} {name}" for name, n in report.ops_by_precision.items() if n)
-    table.add_row("Linears by precision", precisions or "none")
-    if report.leftovers:
-        counts = Counter(row.op for row in report.leftovers)
-        table.add_row("others, in float", ", ".join(f"{n} {op}" for op, n in counts.items()))
-    for name, value in report.accuracy.items():
-        label, form = _FIGURES.get(name, (name, "{:.4g}"))
-        table.add_row(label, form.format(value))
-    if report.decoded:
-        label, form = _FIGURES["kl"]
-        table.add_row(f"{label}, decoded with the cache", form.format(report.decoded["kl"]))
-    if report.cache is not None:
-        for label, text in _cache_rows(report.cache):
-            table.add_row(label, text)
-    for speed in report.speed:
-        baseline = "float" if report.floats == "float32" else report.floats
-        table.add_row(f"speed at {speed.shape}", f"{speed.ratio:.2f}× {baseline}, same process")
-    table.add_row(
-        "measured on", f"{report.held_back} held-back samples ({escape(report.calibration)})"
-    )
+    for label, text in headline(report).items():
+        table.add_row(label, escape(text))
+    table.add_row("report", escape(str(artifact.path / PAGE)))
     console.print(table)
     if report.refusals:
         console.print(
             f"{len(report.refusals)} sites could not be smoothed; "
             f"`qcompile inspect {escape(str(artifact.path))}` says why."
         )
-
-
-def _cache_rows(cache: Cache) -> Iterator[tuple[str, str]]:
-    """How large the cache is, and what its codes do to the divergence, by position."""
-    part = cache.bytes_per_token / cache.bytes_per_token_float
-    yield (
-        "keys and values",
-        f"{cache.bits} bits {cache.granularity}, {cache.bytes_per_token} bytes a token "
-        f"({part:.1%} of float32)",
-    )
-    for row in cache.effect:
-        base = row.kl["float"]
-        added = ", ".join(
-            f"{form} {row.kl[form] - base:+.5f}" for form in row.kl if form != "float"
-        )
-        yield f"KL at positions {row.first} to {row.last}", f"{base:.5f} kept in float; {added}"
 
 
 def print_ops(report: Report, console: Console) -> None:
@@ -142,7 +99,7 @@ def _print_planning(report: Report, planning: Planning, console: Console) -> Non
             "" if changes else "→",
             ", ".join(f"{ratio:.2f}" for ratio in speeds),
             f"{damage:.3g}",
-            _megabytes(size),
+            megabytes(size),
             ", ".join(f"{n} {label}" for label, n in counts.items()),
             escape(_listed(changes)) if changes else "the plan",
         )
@@ -164,6 +121,18 @@ def _listed(changes: Mapping[str, str]) -> str:
     shown = [f"{name}: {label}" for name, label in list(changes.items())[:3]]
     more = len(changes) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def scheme_lines() -> Iterator[str]:
+    """Every scheme, and what may follow its name."""
+    for scheme in SCHEMES.values():
+        yield f"{scheme.name:10} {scheme.summary}"
+    having = " and ".join(s.name for s in SCHEMES.values() if s.has_methods)
+    yield f"Methods of {having}, after a colon:"
+    for method, summary in SUMMARIES.items():
+        yield f"  :{method:9} {summary}"
+    for suffix, bits in CACHES.items():
+        yield f"…{suffix:9} any of these, keys and values kept in {bits} bits"
 
 
 def targets_table(targets: Mapping[str, type[Target]]) -> Table:
@@ -202,17 +171,13 @@ def rates_table(rates: Sequence[Rate]) -> Table:
     return table
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
-
-
 def comparison_table(rows: Sequence[Row], title: str) -> Table:
     """One scheme a line: size, what it does to accuracy, how fast."""
     made = [row for row in rows if row.error is None]
-    figures = [name for name in _FIGURES if any(name in row.accuracy for row in made)]
+    figures = [name for name in FIGURES if any(name in row.accuracy for row in made)]
     shapes = list(dict.fromkeys(shape for row in made for shape in row.speed))
     table = Table(title=escape(title))
-    for heading in ("scheme", "size", *(_FIGURES[name][0] for name in figures)):
+    for heading in ("scheme", "size", *(FIGURES[name][0] for name in figures)):
         table.add_column(heading)
     for shape in shapes:
         table.add_column(f"speed at {shape}")
@@ -220,6 +185,6 @@ def comparison_table(rows: Sequence[Row], title: str) -> Table:
     for row in rows:
         cells = [f"{row.accuracy[name]:.4g}" if name in row.accuracy else "" for name in figures]
         cells += [f"{row.speed[shape]:.2f}" if shape in row.speed else "" for shape in shapes]
-        size = "" if row.error is not None else _megabytes(row.bytes)
+        size = "" if row.error is not None else megabytes(row.bytes)
         table.add_row(row.scheme, size, *cells, escape(row.error or ""))
     return table

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 
-from qcompile.cache import after, fed
+from qcompile.cache import after, bind_shared, fed, is_past, is_present
 from qcompile.session import device_of
 
 
@@ -66,12 +67,20 @@ def runner(session: ort.InferenceSession, feed: Mapping[str, Any]) -> Callable[[
 
 
 def bound(session: ort.InferenceSession, feed: Mapping[str, Any], device: str) -> Callable[[], Any]:
-    """Runs `session` with inputs and outputs bound to the memory of `device`."""
+    """Runs `session` with inputs and outputs bound to the memory of `device`.
+
+    A cache is as long as the mask says, whatever is in it, and written in place.
+    """
     binding = session.io_binding()
     for name, value in feed.items():
-        binding.bind_ortvalue_input(name, placed(value, device))
+        if not is_past(name):
+            binding.bind_ortvalue_input(name, placed(value, device))
     for output in session.get_outputs():
-        binding.bind_output(output.name, device)
+        if not is_present(output.name):
+            binding.bind_output(output.name, device)
+    if any(map(is_past, feed)):
+        batch, tokens = np.shape(feed["attention_mask"])
+        bind_shared(session, binding, batch, tokens, device)
     return lambda: session.run_with_iobinding(binding)
 
 

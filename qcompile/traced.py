@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.checkpoints import Checkpoint
+
 Batch: TypeAlias = dict[str, np.ndarray]
 """One feed of a session: graph input name -> array."""
 
@@ -38,6 +40,7 @@ class TracedModel:
         assets: files to copy into the artifact (configuration, tokenizer).
         max_length: the longest sequence the model takes, where it says so.
         example: one valid feed, where the source gave one (``file.py:factory``).
+        checkpoint: the codes that the float weights stand for, where the source holds codes.
     """
 
     ir: ir.Model
@@ -49,6 +52,7 @@ class TracedModel:
     max_length: int | None = None
     example: Batch | None = None
     bos_token_id: int | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:

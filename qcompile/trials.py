@@ -10,7 +10,7 @@ from qcompile.config import CompileConfig
 from qcompile.linears import Linear, Site
 from qcompile.options import Options
 from qcompile.planning import Array, plan_activation, plan_precision
-from qcompile.precision import LABELS, Choice, Label, OpPlan, PrecisionPlan, SitePlan
+from qcompile.precision import FP8, LABELS, Choice, Label, OpPlan, PrecisionPlan, SitePlan
 from qcompile.smoothing import SmoothingPlan
 from qcompile.targets.base import Target
 
@@ -49,6 +49,8 @@ def _donor(label: Label, plans: Mapping[Label, PrecisionPlan], target: Target) -
     """Which plan's codes `label` can take; itself where there is none."""
     if label == "split":
         return "static"
+    if label in FP8:
+        return FP8[0]
     if label == "token" and "dynamic" in plans:
         return "dynamic"
     # Where sums cannot overflow, the range of the activation does not bear on the weights.

@@ -50,7 +50,7 @@ def verify(
     target: Target,
     kind: Kind,
     held_back: Sequence[Batch],
-    timed: Sequence[Batch] = (),
+    timed: Sequence[Batch] | None = (),
     *,
     baseline_path: Path | None = None,
     past: int | None = None,
@@ -66,7 +66,7 @@ def verify(
         target: which kernel each promise means.
         kind: which accuracy measure applies.
         held_back: feeds that calibration did not see.
-        timed: feeds to measure speed on; none: the first held-back sample.
+        timed: feeds to measure speed on, by default the first held-back sample; None: it is not.
         baseline_path: what speed is measured against; None: `float_path`.
         past: where the graphs keep keys and values, how many tokens come before a feed of one
             token that is timed; None: they keep none.
@@ -94,7 +94,7 @@ def verify(
     problems += accuracy_problems(accuracy, figures)
     # By other means than the target's kernels, times would say nothing about it.
     speed = []
-    if target.runs_here:
+    if target.runs_here and timed is not None:
         speed = _speeds(
             baseline_path or float_path, compiled_path, runtime, timed, held_back[0], past or 0
         )

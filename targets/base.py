@@ -47,14 +47,20 @@ class Target(abc.ABC):
     summary: str
     variants: tuple[str, ...] = ()
     capabilities: tuple[Capability, ...] = ()
-    schemes: tuple[str, ...] = ("fp32", "w8a8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4")
+    schemes: tuple[str, ...] = (
+        "fp32", "w8a8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4", "checkpoint"
+    )  # fmt: skip
     """Names of the schemes that it runs."""
     floats: Floats = "float32"
     """The type that quantised models keep for the rest."""
     modes: tuple[Activations, ...] = MODES
     """How activations may be quantised where the user leaves it open, the default first."""
-    caches: bool = False
-    """Whether it runs attention that keeps keys and values."""
+    caches: tuple[Floats, ...] = ()
+    """The types in which it runs attention that keeps keys and values."""
+    genai: str | None = None
+    """Its execution provider as onnxruntime-genai names it; None: the CPU."""
+    joins: bool = False
+    """Whether one kernel for all weight-only products of an activation is faster, of one token."""
     symmetric: bool = False
     """Whether static codes have to be symmetric around zero: kernels without a zero point."""
     blockwise: bool = True
@@ -63,6 +69,8 @@ class Target(abc.ABC):
     """What makes an activation and can quantise it in the same kernel."""
     timed_as: Mapping[Label, Label] = MappingProxyType({"dynamic": "static"})
     """Labels whose Linears meet the kernel of another: one time for both."""
+    converted_as: Mapping[Label, Label] = MappingProxyType({})
+    """Labels whose activations are quantised by the kernel of another, as fast."""
     probe_bytes: int = 48 << 20
     """Bytes of float32 weights that a probe fills where it can: more than a cache holds."""
 
@@ -98,6 +106,10 @@ class Target(abc.ABC):
     @property
     def unmeasured(self) -> str | None:
         """Why there are no measured times to plan by but a user's own, or None."""
+        return None
+
+    def scheme_obstacle(self, scheme: str) -> str | None:
+        """Why one of `schemes` cannot be had on this variant, or None."""
         return None
 
     def cache_obstacle(self, bits: int) -> str | None:

@@ -41,7 +41,8 @@ class OrtCpu(Target):
     name = "ort-cpu"
     summary = "ONNX Runtime, CPU provider"
     variants = ("avx2", "vnni", "arm64")
-    caches = True
+    caches = ("float32",)
+    joins = True
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
         Capability(

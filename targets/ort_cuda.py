@@ -1,4 +1,4 @@
-"""`ort-cuda`: ONNX Runtime's CUDA provider, with INT8 operators of our own."""
+"""`ort-cuda`: ONNX Runtime's CUDA provider, with INT8 and FP8 operators of our own."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from onnx_ir.passes.common import (
     InlinePass,
     RemoveUnusedOpsetsPass,
 )
+from qcompile.passes.constant_shapes import ConstantShapes
 from qcompile.passes.int8_linear import Int8Linear
 from qcompile.passes.int8_rows import Int8Rows
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.multi_head import MultiHead
 from qcompile.passes.outer_product import OuterProduct
+from qcompile.passes.pack_cache import HOSTED, PackCache
 from qcompile.passes.pack_tokens import PackTokens
 from qcompile.passes.skip_norm import SkipNorm
 from qcompile.passes.to_float16 import ToFloat16
@@ -30,14 +32,15 @@ from qcompile.passes.weight_only import WeightOnlyMatMul
 from qcompile.targets.base import Capability, Target
 from qcompile.targets.cuda import library
 from qcompile.targets.cuda.reference import with_reference
-from qcompile.targets.cuda.schema import DOMAIN, VERSION, refusal
+from qcompile.targets.cuda.schema import DOMAIN, FP8_ARCHITECTURES, VERSION, refusal
 
 from qcompile.errors import ConfigError
 from qcompile.makers import MAKERS
-from qcompile.precision import OpPlan, PrecisionPlan
+from qcompile.precision import FP8, Label, OpPlan, PrecisionPlan
 from qcompile.session import HERE, Runtime
 
 _KERNEL: Final = f"{DOMAIN}.MatMulInt8"
+_FP8_KERNEL: Final = f"{DOMAIN}.MatMulFp8"
 _STAND_IN: Final = (
     "there is no GPU with ONNX Runtime's CUDA provider here, so the graph runs on the CPU, by the "
     "operators' bodies in standard ops: right, and slow"
@@ -46,7 +49,7 @@ _NBITS_KERNEL: Final = f"{CONTRIB}.{NBITS}"
 
 
 class OrtCuda(Target):
-    """CUDA provider in float16, INT8 by custom operators.
+    """CUDA provider in float16, INT8 and FP8 by custom operators.
 
     Where there is no such GPU, the operators' bodies in standard ops run on the CPU: what they
     compute is checked, how fast is not.
@@ -55,13 +58,16 @@ class OrtCuda(Target):
     name = "ort-cuda"
     summary = "ONNX Runtime, CUDA provider, INT8 kernels of our own"
     variants = ("sm80", "sm89", "sm90")
-    schemes = ("fp32", "fp16", "w8a8", "w8a16", "w4a16", "mixed")
+    schemes = ("fp32", "fp16", "w8a8", "fp8", "w8a16", "w4a16", "mixed", "checkpoint")
     floats = "float16"
+    caches = ("float16",)
+    genai = "cuda"
     modes = ("token",)
     symmetric = True
     blockwise = False
     fuses = MAKERS
-    timed_as = MappingProxyType({"static": "token"})
+    timed_as = MappingProxyType({"static": "token", "fp8-static": "fp8"})
+    converted_as = MappingProxyType({"fp8": "token", "fp8-static": "static"})
     probe_bytes = 1 << 30
     saturates = False
     capabilities = (
@@ -75,6 +81,8 @@ class OrtCuda(Target):
         Capability(
             "MatMul", "static", "int8 per output channel", _KERNEL, "one scale, from calibration"
         ),
+        Capability("MatMul", "fp8", "e4m3 per output channel", _FP8_KERNEL, "as token"),
+        Capability("MatMul", "fp8-static", "e4m3 per output channel", _FP8_KERNEL, "as static"),
         Capability("MatMul", "weight8", "int8 per block of 32", _NBITS_KERNEL, "float16 inside"),
         Capability("MatMul", "weight4", "int4 per block of 32", _NBITS_KERNEL, "as weight8"),
     )
@@ -130,6 +138,25 @@ class OrtCuda(Target):
             "operators' bodies in standard ops on the CPU; run `qcompile check` there"
         )
 
+    def cache_obstacle(self, bits: int) -> str | None:
+        return (
+            "the CUDA provider's attention on a cache in codes gives wrong results, and no error, "
+            "where past and present are not in the same memory"
+        )
+
+    def scheme_obstacle(self, scheme: str) -> str | None:
+        if scheme == "fp8" and self.variant in self.variants and not self._fp8:
+            having = " and ".join(f"sm{number}" for number in FP8_ARCHITECTURES)
+            return f"{self.variant} has no tensor cores for e4m3; {having} have"
+        return None
+
+    @property
+    def _fp8(self) -> bool:
+        return self.variant in {f"sm{number}" for number in FP8_ARCHITECTURES}
+
+    def capability(self, op: str, label: Label) -> Capability | None:
+        return super().capability(op, label) if self._fp8 or label not in FP8 else None
+
     def refusal(self, in_features: int, out_features: int) -> str | None:
         return refusal(out_features, in_features)
 
@@ -143,7 +170,7 @@ class OrtCuda(Target):
         own = library.installed()
         if folder is not None and record is not None and _needs_library(record):
             own = library.choose(folder, record, trust_library=trust_library)
-        return Runtime(("CUDAExecutionProvider",), own, {"session.disable_cpu_ep_fallback": "1"})
+        return Runtime(("CUDAExecutionProvider",), own, hosted=frozenset({HOSTED}))
 
     def carried(self, folder: Path) -> dict[str, Any] | None:
         path = folder / library.LIBRARY
@@ -169,8 +196,10 @@ class OrtCuda(Target):
     def lower(self, plan: PrecisionPlan) -> Sequence[ir.passes.PassBase]:
         return (
             OuterProduct(),
+            ConstantShapes(),
             Unflatten(),
             PackTokens(),
+            PackCache(),
             MultiHead(),
             Int8Linear(),
             Int8Rows(),
@@ -183,7 +212,7 @@ class OrtCuda(Target):
         )
 
     def kernels_for(self, op: OpPlan, plan: PrecisionPlan) -> tuple[str, ...]:
-        return (_KERNEL if op.precision == "int8" else _NBITS_KERNEL,)
+        return ({"int8": _KERNEL, "fp8": _FP8_KERNEL}.get(op.precision, _NBITS_KERNEL),)
 
     def emit(self, model: ir.Model, folder: Path) -> Path:
         path = folder / "model.onnx"

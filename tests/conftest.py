@@ -14,6 +14,7 @@ import pytest
 
 import qcompile
 import qcompile.measuring
+import qcompile.page
 import qcompile.verify
 from qcompile import cli
 from qcompile.timing import speed_ratio
@@ -41,6 +42,14 @@ def _short_timing() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         quick = functools.partial(speed_ratio, seconds=0.1, min_rounds=2)
         patch.setattr(qcompile.verify, "speed_ratio", quick)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_pictures() -> Iterator[None]:
+    """A second of drawing a compilation buys nothing where no test looks at the pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qcompile.page, "MOST_SITES", 1)
         yield
 
 

@@ -84,13 +84,18 @@ def assert_same_graph(actual: ir.Model, expected: ir.Model) -> None:
         assert len(x.inputs) == len(y.inputs), where
         for read_x, read_y in zip(x.inputs, y.inputs, strict=True):
             match(read_x, read_y, where)
-        assert {k: v.value for k, v in x.attributes.items()} == {
-            k: v.value for k, v in y.attributes.items()
-        }, where
+        assert _attributes(x) == _attributes(y), where
         for made_x, made_y in zip(x.outputs, y.outputs, strict=True):
             match(made_x, made_y, where)
     for left, right in zip(actual.graph.outputs, expected.graph.outputs, strict=True):
         match(left, right, "outputs")
+
+
+def _attributes(node: ir.Node) -> dict[str, Any]:
+    return {
+        name: a.value.numpy().tolist() if a.type == ir.AttributeType.TENSOR else a.value
+        for name, a in node.attributes.items()
+    }
 
 
 def check_model(model: ir.Model) -> None:

@@ -13,6 +13,7 @@ import qcompile
 from qcompile.artifact import (
     FORMAT,
     GRAPH,
+    PAGE,
     RECORD,
     REPORT,
     SAMPLE,
@@ -23,6 +24,7 @@ from qcompile.artifact import (
 )
 from qcompile.errors import ModelError
 from qcompile.planfile import PLAN
+from qcompile.ranges import RANGES
 from qcompile.report import Report
 
 
@@ -38,7 +40,9 @@ def test_the_folder_holds_everything(compiled_tiny: qcompile.Artifact, tiny_opt:
     assert names == {
         GRAPH,
         f"{GRAPH}.data",
+        PAGE,
         PLAN,
+        RANGES,
         RECORD,
         REPORT,
         SAMPLE,

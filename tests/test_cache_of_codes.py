@@ -16,14 +16,17 @@ import transformers
 from qcompile.targets.ort_cpu_cache import cached_codes_obstacle
 
 import qcompile
-from qcompile.cache import after, is_past
+from qcompile.cache import PAST, after, is_past
 from qcompile.cache_planning import REACH, plan_cache
-from qcompile.errors import CalibrationError, ConfigError
+from qcompile.errors import CalibrationError, ConfigError, ModelError
 from qcompile.generation import Decoder, generate
+from qcompile.limits import check_cache_bits
 from qcompile.metrics import Accuracy
 from qcompile.session import run_outputs
 from tests.cli_runner import RunCli
+from tests.passes.rewriting import HEADER
 from tests.passes.test_kv_cache import BOTH, CONSTANTS, model_of, tokens
+from tests.support import from_text
 
 TEXTS = ("import ", "def f(x):\n    return", "c")
 TYPES = {8: "tensor(int8)", 4: "tensor(uint8)"}
@@ -134,6 +137,26 @@ def test_unequal_prompts_give_the_same_text_together_and_in_genai(
         found = generator.get_sequence(0).tolist()[len(prompt) :]
         ended = expected.index(1) if 1 in expected else new
         assert found[:ended] == expected[:ended]
+
+
+@pytest.mark.parametrize(("bits", "size"), [(4, 8), (8, 7)])
+def test_heads_that_codes_fit(bits: int, size: int, tmp_path: Path) -> None:
+    check_cache_bits(_with_heads_of(size, tmp_path), bits)
+
+
+def test_two_channels_share_a_byte(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="its heads have 7 channels, and two share a byte"):
+        check_cache_bits(_with_heads_of(7, tmp_path), 4)
+
+
+def _with_heads_of(size: int, folder: Path) -> Path:
+    past = f"float[B,2,P,{size}] past_key_values_0_key"
+    model = from_text(
+        f"{HEADER}m ({past}) => (float[B,2,P,{size}] y) {{ y = Relu (past_key_values_0_key) }}"
+    )
+    model.graph.inputs[0].name = PAST.format(0, "key")
+    ir.save(model, folder / "float.onnx")
+    return folder / "float.onnx"
 
 
 def test_run_bench_and_check(

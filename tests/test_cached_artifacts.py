@@ -70,6 +70,9 @@ def test_run_says_what_is_wrong(
     assert "compile the model with --cache" in run_cli("run", compiled_tiny.path, PROMPT).error
     assert "is not a qcompile artifact" in run_cli("run", tmp_path, PROMPT).error
     assert run_cli("run", cached, " ").error == "the prompt is empty"
+    assert run_cli("run", cached, "\udcff").error == "the prompt is not valid UTF-8"
+    assert "no number" in run_cli("run", cached, PROMPT, "--temperature", "nan").error
+    assert run_cli("run", cached, PROMPT, "--seed", -1).status == 2
     assert "and the model 512 positions" in run_cli("run", cached, "import os\n" * 200).error
     bare = tmp_path / "bare"
     shutil.copytree(cached, bare, ignore=shutil.ignore_patterns("tokenizer*"))
@@ -207,6 +210,18 @@ def test_check_knows_a_cached_artifact(compile_cached: Cached, run_cli: RunCli) 
     assert run_cli("check", compile_cached("w8a8").path).status == 0
 
 
+def test_weights_alone_of_one_activation_are_one_product(
+    compile_cached: Cached, run_cli: RunCli
+) -> None:
+    artifact = compile_cached("w4a16")
+    graph = ir.load(artifact.path / "model.onnx").graph
+    planned = [op for op in artifact.report.ops if op.precision == "weight4"]
+    assert all(op.kernel == "com.microsoft.MatMulNBits" for op in planned)
+    products = [node for node in graph if node.op_type == "MatMulNBits"]
+    assert len(planned) - len(products) == 2 * 4  # queries, keys and values of each layer
+    assert run_cli("check", artifact.path).status == 0
+
+
 def test_logits_of_the_last_token_alone(
     compile_cached: Cached, tiny_opt: Path, tiny_onnx: Path, tokenizer: Any, tmp_path: Path,
     small: qcompile.CompileConfig, run_cli: RunCli,
@@ -219,14 +234,20 @@ def test_logits_of_the_last_token_alone(
         config=small.model_copy(update=asked), output=tmp_path / "last",
     )  # fmt: skip
     sessions = (whole.session(), artifact.session())
-    assert Decoder(sessions[1], 2, 8).step(np.ones((2, 3), np.int64)).shape[:2] == (2, 1)
+    ids = np.array([[5, 6, 7], [8, 9, 0]])
+    mask = np.array([[1, 1, 1], [1, 1, 0]])  # padded on the right
+    every, last = (Decoder(session, 2, 8).step(ids, mask) for session in sessions)
+    np.testing.assert_allclose(last[:, 0], every[[0, 1], [2, 1]], rtol=0, atol=1e-4)
     prompts = [tokenizer(text)["input_ids"] for text in ("def f(x):\n    return", PROMPT)]
     texts = [np.stack(list(generate(session, prompts, 32))).tolist() for session in sessions]
     assert texts[0] == texts[1]
     assert artifact.report.accuracy == pytest.approx(whole.report.accuracy)
     assert run_cli("check", artifact.path).status == 0
     with pytest.raises(ConfigError, match="last_logits are for generating"):
-        qcompile.CompileConfig(last_logits=True)
+        qcompile.compile(
+            tiny_onnx, scheme="fp32", output=tmp_path / "no",
+            config=small.model_copy(update={"last_logits": True}),
+        )  # fmt: skip
 
 
 def test_a_cache_is_refused_where_it_means_nothing(
@@ -238,9 +259,13 @@ def test_a_cache_is_refused_where_it_means_nothing(
             tiny_onnx, scheme="fp32", output=tmp_path / "no",
             config=config.model_copy(update={"task": "feature-extraction"}),
         )  # fmt: skip
-    with pytest.raises(ConfigError, match="ort-cuda has no attention with a cache"):
+    with pytest.raises(ConfigError, match=r"fp32: target ort-cuda has .* a cache in float16"):
         qcompile.compile(
-            tiny_onnx, target="ort-cuda:sm90", scheme="fp16", output=tmp_path / "no", config=config
+            tiny_onnx, target="ort-cuda:sm90", scheme="fp32", output=tmp_path / "no", config=config
+        )
+    with pytest.raises(ConfigError, match=r"w8a8kv8: the CUDA provider's attention .* wrong"):
+        qcompile.compile(
+            tiny_onnx, target="ort-cuda:sm90", scheme="w8a8kv8", output=tmp_path / "no"
         )
 
 

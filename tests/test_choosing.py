@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from qcompile.choosing import Measured, decide, weight_bytes
+from qcompile.choosing import STEPS, Measured, decide, weight_bytes
 from qcompile.config import CompileConfig
 from qcompile.linears import Site, find_sites
 from qcompile.options import Options
@@ -80,3 +82,22 @@ def test_bytes_are_of_the_type_that_is_kept(site: Site) -> None:
     linear = site.linears[0]
     assert weight_bytes(linear, "float") == 2 * weight_bytes(linear, "float", "float16") == 128
     assert weight_bytes(linear, "weight8") - weight_bytes(linear, "weight8", "float16") == 2 * 4
+
+
+def test_where_there_is_a_cache_steps_count_for_more(site: Site) -> None:
+    """Slower at a prompt by as much as it is faster at a step: a tie otherwise, which damage
+    decides."""
+    at_two = dataclasses.replace(
+        measured(site, 0.0, conversion=0.0, damage=1e-3),
+        shapes=[(1, 128), (1, 1)],
+        float_times=[4.0, 4.0],
+        times={name: {"float": [1.0, 1.0], "token": [1.2, 0.8]} for name in "pq"},
+        conversions={site.name: {"token": [0.0, 0.0]}},
+        savings={},
+    )
+    labels = {
+        steps: {c.label for c in decide(replaced, CompileConfig()).chosen.values()}
+        for steps in (1, STEPS)
+        for replaced in [dataclasses.replace(at_two, steps=steps)]
+    }
+    assert labels == {1: {"float"}, STEPS: {"token"}}

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import qcompile
+from qcompile import cli
 from qcompile.methods import METHODS
 from tests.cli_runner import Outcome, RunCli
 
@@ -61,6 +62,23 @@ def test_an_interrupt_in_the_middle(tiny_onnx: Path, tmp_path: Path) -> None:
     assert lines == ["error: interrupted; nothing was written"]
     assert stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("model --scheme fp32", "interrupted; nothing was written"), ("run folder x", "interrupted")],
+)
+def test_an_interrupt_says_what_was_lost(
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["qcompile", *words.split()])
+    monkeypatch.setattr(cli.cli, "main", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        cli.main()
+    assert capsys.readouterr().err == f"error: {said}\n"
 
 
 # What works.
@@ -129,7 +147,9 @@ def test_schemes(run_cli: RunCli) -> None:
     outcome = run_cli("schemes")
     assert (outcome.status, outcome.stderr) == (0, "")
     names = [line.split()[0] for line in outcome.stdout.splitlines()]
-    schemes = ["fp32", "fp16", "w8a8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4"]
+    schemes = [
+        "fp32", "fp16", "w8a8", "fp8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4", "checkpoint"
+    ]  # fmt: skip
     methods = [f":{method}" for method in METHODS]
     assert names == [*schemes, "Methods", *methods, "…kv8", "…kv4"]
 
@@ -154,7 +174,7 @@ def test_check(run_cli: RunCli, compiled_tiny: qcompile.Artifact, artifact_copy:
     assert "config.json is missing or changed" in run_cli("check", artifact_copy).error
 
 
-@pytest.mark.parametrize("command", ["inspect", "check", "bench"])
+@pytest.mark.parametrize("command", ["inspect", "check", "bench", "report"])
 def test_a_folder_that_is_no_artifact(run_cli: RunCli, tmp_path: Path, command: str) -> None:
     assert "is not a qcompile artifact" in run_cli(command, tmp_path).error
     assert "is not a qcompile artifact" in run_cli(command, tmp_path / "absent").error

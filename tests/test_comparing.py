@@ -58,8 +58,11 @@ def test_names_are_checked_first(tiny_onnx: Path, run_cli: RunCli) -> None:
         ("w4a16,nf4:dq", "takes them as floats"),
         ("w4a16,w8", "unknown scheme 'w8'"),
         ("w4a16,w4a16", "names w4a16 twice"),
+        ("w4a16,checkpoint", "is for a source that is quantised already"),
     ):
         assert message in run_cli(tiny_onnx, "--compare", names).error
+    both = run_cli(tiny_onnx, "--compare", "w4a16,nf4", "--scheme", "w8a8")
+    assert "--scheme has no effect" in both.error
 
 
 def test_one_that_fails_is_a_row(tmp_path: Path) -> None:

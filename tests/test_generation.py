@@ -15,7 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
-from qcompile.passes.kv_cache import KvCache
+from qcompile.targets import Target
 from qcompile.targets.ort_cpu import OrtCpu
 
 from qcompile import frontend
@@ -23,8 +23,8 @@ from qcompile.config import CompileConfig
 from qcompile.errors import ModelError
 from qcompile.genai import genai_config
 from qcompile.generation import generate
-from qcompile.pipeline import CANONICALIZE, run
-from qcompile.precision import PrecisionPlan
+from qcompile.pipeline import canonicalize, run, with_cache
+from qcompile.precision import Floats, PrecisionPlan
 from qcompile.session import open_session
 
 NEW = 64
@@ -80,10 +80,12 @@ class Cached:
     expected: list[list[int]]
 
 
-def compile_cached(source: Path, folder: Path) -> None:
+def compile_cached(
+    source: Path, folder: Path, target: Target | None = None, floats: Floats = "float32"
+) -> None:
     model = frontend.load(str(source), CompileConfig(), folder)
-    run(model.ir, [pass_() for pass_ in CANONICALIZE])
-    run(model.ir, [KvCache(), *OrtCpu().lower(PrecisionPlan())])
+    run(model.ir, canonicalize())
+    run(model.ir, [*with_cache(), *(target or OrtCpu()).lower(PrecisionPlan(floats=floats))])
     ir.save(model.ir, folder / "model.onnx")
     settings = genai_config(model.ir.graph, source, model.max_length)
     (folder / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -97,18 +99,23 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Cached]:
     def make(kind: str) -> Cached:
         folder = tmp_path_factory.mktemp(kind)
         reference = save(kind, folder / "source")
-        expected = []
-        for prompt in PROMPTS:
-            ids = torch.tensor([prompt])
-            whole = reference.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW,
-                do_sample=False, eos_token_id=None,
-            )  # fmt: skip
-            expected.append(whole[0, len(prompt) :].tolist())
         compile_cached(folder / "source", folder)
-        return Cached(folder, expected)
+        return Cached(folder, generated(reference))
 
     return make
+
+
+def generated(reference: Any) -> list[list[int]]:
+    """What Transformers generates after each of `PROMPTS`."""
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        whole = reference.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW,
+            do_sample=False, eos_token_id=None,
+        )  # fmt: skip
+        expected.append(whole[0, len(prompt) :].tolist())
+    return expected
 
 
 def greedy(session: ort.InferenceSession, prompts: list[list[int]]) -> list[list[int]]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qcompile.targets import get_target
 
 from qcompile.clipping import clipped_range
 from qcompile.config import CompileConfig, Recipe
 from qcompile.errors import ConfigError
 from qcompile.gptq import importance_in_blocks, quantize_gptq
 from qcompile.hqq import quantize_hqq
+from qcompile.limits import check_target
 from qcompile.methods import METHODS, SUMMARIES
 from qcompile.rounding import rounding_of
 from qcompile.schemes import get_scheme
@@ -149,11 +153,18 @@ def test_a_scheme_names_its_method() -> None:
         ("w8a8:gptq", "scheme w8a8 has no methods"),
         ("nf4:dq", "takes them as floats"),
         ("nf4:gptq", "scheme nf4 has no methods"),
+        ("checkpoint:gptq", "scheme checkpoint has no methods"),
     ],
 )
 def test_names_that_are_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         get_scheme(name)
+
+
+@pytest.mark.parametrize("options", [{"method": "gptq"}, {"block_size": 64}, {"symmetric": True}])
+def test_a_checkpoint_is_not_rounded(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="scheme checkpoint rounds nothing"):
+        check_target(get_target("ort-cpu"), get_scheme("checkpoint"), CompileConfig(**options))
 
 
 def test_a_recipe_names_methods() -> None:

@@ -17,7 +17,8 @@ from qcompile.targets.ort_cpu import OrtCpu
 from qcompile import probe
 from qcompile.costs import CostTable
 from qcompile.errors import ConfigError
-from qcompile.precision import INT8, LABELS, MODES, Label
+from qcompile.precision import FP8, INT8, MODES, Label
+from qcompile.precision import LABELS as ALL_LABELS
 from qcompile.probe import Prober, conversion_key, model_key
 from qcompile.probe_graphs import Shape, cut_to_activations, linear_graph
 from qcompile.timing import steady_medians
@@ -56,6 +57,10 @@ def prober(work: Path, table: CostTable | None = None, *, measures: bool = True)
 
 KERNELS = {"MatMul", *(row.kernel.rpartition(".")[2] for row in TARGET.capabilities)}
 OUTLIERS = re.compile(r"op\d+/outliers/MatMul")
+
+
+LABELS = tuple(label for label in ALL_LABELS if label not in FP8)
+"""Of the CPU target."""
 
 
 def kernels(model: ir.Model) -> list[ir.Node]:

@@ -39,7 +39,7 @@ def test_the_commands(
     run_cli: RunCli,
 ) -> None:
     shown = [line for block in blocks(README, "bash")[3:] for line in block.splitlines()]
-    assert len(shown) == 10
+    assert len(shown) == 11
     at = {
         "tiny-opt-ort-cpu-w8a8": compiled_tiny.path,
         "tiny-opt-cached": compile_cached("w8a8").path,

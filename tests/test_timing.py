@@ -12,20 +12,32 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+import qcompile
 from qcompile import timing
+from qcompile.cache import after, fed
 from qcompile.timing import bound, placed, steady_medians
 from tests.support import from_text
 
 
-def test_bound_inputs_give_the_same_outputs() -> None:
-    """On a device nothing is copied; the CPU's own memory will do to see that it runs."""
+def difference() -> ort.InferenceSession:
+    """z = x - y."""
     model = from_text(
         '<ir_version: 10, opset_import: ["" : 23]> g (float[N] x, float[N] y) => (float[N] z) '
         "{ z = Sub(x, y) }"
     )
-    session = ort.InferenceSession(
+    return ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
     )
+
+
+def test_what_lies_on_a_device_is_fed_as_it_is() -> None:
+    value = placed(np.ones(3, np.float32), "cpu")
+    assert fed(difference(), {"x": value, "unknown": value}) == {"x": value}
+
+
+def test_bound_inputs_give_the_same_outputs() -> None:
+    """On a device nothing is copied; the CPU's own memory will do to see that it runs."""
+    session = difference()
     x = np.arange(3, dtype=np.float32)
     feed = {"x": x, "y": placed(np.ones(3, np.float32), "cpu")}
     seen: list[np.ndarray] = []
@@ -48,6 +60,33 @@ def test_bound_inputs_give_the_same_outputs() -> None:
     run()
     run()
     assert [found.tolist() for found in seen] == [[-1.0, 0.0, 1.0]] * 2
+
+
+def test_a_cache_is_bound_once_for_past_and_present(
+    compile_cached: Callable[[str], qcompile.Artifact],
+) -> None:
+    """Memory for what the mask is of, and the logits of a run with the cache outside it."""
+    session = compile_cached("fp32").session()
+    step = {"input_ids": np.array([[7]]), "attention_mask": np.ones((1, 1), np.int64)}
+    feed = after(session, step | {"position_ids": np.zeros((1, 1), np.int64)}, 3)
+    made: list[ort.IOBinding] = []
+
+    class Watched:
+        get_inputs, get_outputs = session.get_inputs, session.get_outputs
+
+        def io_binding(self) -> ort.IOBinding:
+            made.append(session.io_binding())
+            return made[-1]
+
+        run_with_iobinding = session.run_with_iobinding
+
+    bound(Watched(), feed, "cpu")()
+    outputs = dict(zip([o.name for o in session.get_outputs()], made[0].get_outputs(), strict=True))
+    zeros = {n: np.zeros_like(v) for n, v in feed.items() if n.startswith("past")}
+    np.testing.assert_allclose(
+        outputs["logits"].numpy(), session.run(["logits"], feed | zeros)[0], atol=1e-5
+    )
+    assert outputs["present.0.key"].shape() == [1, 4, 4, 32]
 
 
 class Clock:

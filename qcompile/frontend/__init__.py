@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from qcompile.config import CompileConfig
-from qcompile.errors import ModelError, check_reachable
+from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.spill import spill
 from qcompile.traced import TracedModel
 
@@ -43,6 +43,10 @@ def load(source: Source, config: CompileConfig, work: Path) -> TracedModel:
 
 
 def _load(source: Source, config: CompileConfig, work: Path) -> TracedModel:
+    if config.adapter is not None and (
+        isinstance(source, tuple) or str(source).endswith(".onnx") or _FACTORY.search(str(source))
+    ):
+        raise ConfigError("an adapter is for a Transformers model: a folder or a hub id")
     # Imported where they are needed: torch and Transformers take seconds, an .onnx file neither.
     if isinstance(source, tuple):
         from qcompile.frontend.module import trace_module
@@ -76,6 +80,6 @@ def source_name(source: Source) -> str:
     if _FACTORY.search(text):
         file, _, function = text.rpartition(":")
         return f"{Path(file).stem}-{function}"
-    if text.endswith(".onnx"):
+    if text.endswith((".onnx", ".gguf")):
         return Path(text).stem
     return Path(text).resolve().name if Path(text).exists() else text.rsplit("/", 1)[-1]

@@ -14,9 +14,13 @@ import torch
 import transformers
 from optimum.exporters.tasks import TasksManager
 
+from qcompile.checkpoints import Checkpoint, quantization_settings
 from qcompile.config import CompileConfig
-from qcompile.errors import ConfigError, ModelError
+from qcompile.errors import ConfigError, ModelError, QcompileError
+from qcompile.frontend.adapter import add_adapter
 from qcompile.frontend.export import check_finite_weights, export_module
+from qcompile.frontend.gguf import is_gguf, load_gguf, load_gguf_tokenizer, read_gguf_config
+from qcompile.frontend.quantized import load_quantized
 from qcompile.traced import Kind, TracedModel
 
 # Task -> (attribute of the model's output, how it is measured).
@@ -49,7 +53,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
     """Load, check and trace a Transformers model.
 
     Args:
-        source: a folder in Hugging Face form, or a hub id.
+        source: a folder in Hugging Face form, a hub id, or a .gguf file.
         config: task, opset, trust_remote_code.
         work: folder for the traced graph.
 
@@ -59,14 +63,16 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         ConfigError: a task that does not exist or that qcompile does not compile.
     """
     hf_config = _read_config(source, config.trust_remote_code)
-    task = config.task or _infer_task(hf_config)
+    task = config.task or ("text-generation" if is_gguf(source) else _infer_task(hf_config))
     if task not in _TASKS:
         raise ConfigError(
             f"task {task!r} is not one that qcompile compiles",
             hint="one of " + ", ".join(_TASKS),
         )
     output, kind = _TASKS[task]
-    module = _load_weights(source, task, config.trust_remote_code)
+    module, checkpoint = _load_weights(source, task, hf_config, config.trust_remote_code)
+    if config.adapter is not None:
+        module, checkpoint = add_adapter(module, checkpoint, config.adapter, config.adapter_mode)
     check_finite_weights(module)
     tokenizer = _load_tokenizer(source, config.trust_remote_code)
     max_length = _max_length(module)
@@ -86,14 +92,21 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         tensor.data = torch.empty(0)
     return TracedModel(
         ir=graph,
-        name=Path(source).name if Path(source).exists() else source.rsplit("/", 1)[-1],
+        name=_name(source),
         task=task,
         kind=kind,
         tokenizer=tokenizer,
         assets=find_assets(_assets_folder(source, hf_config, tokenizer, work)),
         max_length=max_length,
         bos_token_id=_token_id(hf_config.bos_token_id),
+        checkpoint=checkpoint,
     )
+
+
+def _name(source: str) -> str:
+    if not Path(source).exists():
+        return source.rsplit("/", 1)[-1]
+    return Path(source).stem if is_gguf(source) else Path(source).name
 
 
 class _OneOutput(torch.nn.Module):
@@ -144,6 +157,8 @@ def find_assets(folder: Path) -> tuple[Path, ...]:
 
 def _read_config(source: str, trust: bool) -> Any:
     folder = Path(source)
+    if is_gguf(source):
+        return _guarded(source, read_gguf_config, source)
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{source} is neither a model folder nor an .onnx file")
     if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
@@ -180,9 +195,23 @@ def _infer_task(hf_config: Any) -> str:
     )
 
 
-def _load_weights(source: str, task: str, trust: bool) -> Any:
+def _load_weights(
+    source: str, task: str, hf_config: Any, trust: bool
+) -> tuple[Any, Checkpoint | None]:
     auto_class = TasksManager.get_model_class_for_task(task)
-    with _silent_transformers():
+    settings, checkpoint = quantization_settings(Path(source)), None
+    if is_gguf(source):
+        module, info, checkpoint = _guarded(source, load_gguf, source, auto_class)
+    elif settings:
+        module, info, checkpoint = _guarded(
+            source, load_quantized, Path(source), hf_config, auto_class, settings, trust
+        )
+    else:
+        if getattr(hf_config, "quantization_config", None):
+            raise ModelError(
+                f"{source} is quantised already, and such models are read from a folder",
+                hint=f"hf download {source} --local-dir DIR",
+            )
         module, info = _guarded(
             source,
             auto_class.from_pretrained,
@@ -200,11 +229,13 @@ def _load_weights(source: str, task: str, trust: bool) -> Any:
             + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
             hint=f"is {task} the right task for this model?",
         )
-    return module.eval()
+    return module.eval(), checkpoint
 
 
 def _load_tokenizer(source: str, trust: bool) -> Any:
     folder = Path(source)
+    if is_gguf(source):
+        return _guarded(source, load_gguf_tokenizer, source)
     if folder.is_dir() and not any(
         p.name.startswith(("tokenizer", "vocab")) for p in folder.iterdir()
     ):
@@ -219,6 +250,8 @@ def _guarded(source: str, call: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         with _silent_transformers():
             return call(*args, **kwargs)
+    except QcompileError:
+        raise
     except Exception as error:
         lines = str(error).strip().splitlines()
         detail = lines[0] if lines else type(error).__name__

@@ -12,6 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 from qcompile.errors import ModelError
 from qcompile.frontend.huggingface import find_assets
 from qcompile.frontend.opset import to_current_opset
+from qcompile.frontend.qdq import keep_scales, trained_scales
 from qcompile.frontend.validate import check_finite
 from qcompile.passes.symbolic_shapes import SymbolicShapes
 from qcompile.traced import Kind, TracedModel
@@ -64,6 +65,7 @@ def load_onnx(path: Path, *, task: str | None = None) -> TracedModel:
     _check_supported(model, path)
     check_finite(model)
     to_current_opset(model)
+    checkpoint = keep_scales(model) if trained_scales(model) else None
     RemoveUnusedNodesPass()(model)
     ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
     SymbolicShapes()(model)
@@ -79,6 +81,7 @@ def load_onnx(path: Path, *, task: str | None = None) -> TracedModel:
         assets=find_assets(path.parent) if tokenizer is not None else (),
         max_length=_positive(config, "max_position_embeddings", "n_positions", "n_ctx"),
         bos_token_id=_token_id(config),
+        checkpoint=checkpoint,
     )
 
 
@@ -157,7 +160,8 @@ def _all_nodes(model: ir.Model) -> list[ir.Node]:
 
 
 def _check_supported(model: ir.Model, path: Path) -> None:
-    quantised = next((n.op_type for n in _all_nodes(model) if n.op_type in _QUANTISED), None)
+    nodes = [] if trained_scales(model) else _all_nodes(model)
+    quantised = next((n.op_type for n in nodes if n.op_type in _QUANTISED), None)
     if quantised is not None:
         raise ModelError(
             f"{path.name} is already quantised: it contains {quantised}",

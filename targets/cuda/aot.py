@@ -16,15 +16,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from qcompile.targets.cuda.schema import Codes
 from qcompile.targets.cuda.variants import Variant
 
 from qcompile.errors import ConfigError
 
 _ROW_SIGNATURES: Final = {
     "activation_rows": "x:*T up:*T static:*fp32 codes:*i8 scale:*fp32 columns:i32 x_stride:i64 "
-    "up_stride:i64 kind:i32 has_up:i32 is_static:i32",
+    "up_stride:i64 kind:i32 has_up:i32 is_static:i32 is_fp8:i32",
     "norm_rows": "x:*T residual:*T weight:*T bias:*T static:*fp32 codes:*i8 scale:*fp32 sum:*T "
-    "columns:i32 epsilon:fp32 is_rms:i32 has_residual:i32 has_bias:i32 has_sum:i32 is_static:i32",
+    "columns:i32 epsilon:fp32 is_rms:i32 has_residual:i32 has_bias:i32 has_sum:i32 "
+    "is_static:i32 is_fp8:i32",
 }
 _GEMM_TAIL: Final = (
     "a_scale:*fp32 b_scale:*fp32 bias:*fp32 m:i32 n:i32 k:i32 a_scale_stride:i32 "
@@ -34,6 +36,10 @@ OLDEST_TRITON: Final = "3.9"
 
 SOURCES: Final = ("aot.py", "kernels.py", "gemm.py", "gemm_hopper.py")
 """Modules that a cubin depends on, beside its variant and the version of Triton."""
+
+_ELEMENTS: Final[dict[Codes, str]] = {"int8": "i8", "float8e4m3fn": "fp8e4nv"}
+"""Of a GEMM, by Triton's names."""
+_FIRST_FP8: Final = 89
 
 _MULTIPLES: Final = ("columns", "n", "k", "x_stride", "up_stride")
 """Arguments that are multiples of 16, as pointers are: loads of 16 bytes depend on it."""
@@ -143,18 +149,23 @@ def _source(variant: Variant) -> Any:
     from triton.experimental.gluon.language._layouts import NVMMASharedLayout
 
     tile = variant.tile
+    element = _ELEMENTS[variant.codes]
     constants: dict[str, int]
     if tile is None:
-        constants = {"BLOCK": variant.block}
+        constants = {"BLOCK": variant.block, "FP8": variant.architecture >= _FIRST_FP8}
         signature = _ROW_SIGNATURES[variant.family].replace("*T", "*" + variant.dtype)
         module = "kernels"
     elif tile.consumers:
-        constants = {"CONSUMERS": tile.consumers, "STAGES": tile.stages}
+        constants = {
+            "CONSUMERS": tile.consumers,
+            "STAGES": tile.stages,
+            "PROMOTE": tile.promote,
+        }
         signature = f"a_desc:A b_desc:B out_desc:O {_GEMM_TAIL}"
         module = "gemm_hopper"
     else:
         constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
-        signature = f"a:*i8 b:*i8 out:*i8 {_GEMM_TAIL}"
+        signature = f"a:*{element} b:*{element} out:*i8 {_GEMM_TAIL}"
         module = "gemm"
     kernel = getattr(importlib.import_module(f"qcompile.targets.cuda.{module}"), variant.family)
     types: dict[str, str] = {}
@@ -166,7 +177,7 @@ def _source(variant: Variant) -> Any:
             columns = tile.columns if kind == "O" else tile.depth
             bits = 16 if kind == "O" else 8
             layout = NVMMASharedLayout(min(columns * bits // 8, 128), bits, 2)
-            kind = f"tensordesc<i{bits}[{rows}, {columns}],{layout!r}>"
+            kind = f"tensordesc<{'i16' if kind == 'O' else element}[{rows}, {columns}],{layout!r}>"
         types[kernel.arg_names[index]] = kind
         if kind.startswith("*") or name in _MULTIPLES:
             attributes[(index,)] = [["tt.divisibility", 16]]

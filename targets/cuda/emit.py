@@ -17,7 +17,7 @@ _FAMILIES: Final = {
     "gemm_hopper": "kGemmHopper",
 }
 _ONNX_TYPES: Final = {"fp16": 10, "bf16": 16, "": 0}
-_TYPES: Final = {"T": "kT", "int8": "kInt8", "float32": "kFloat32"}
+_TYPES: Final = {"T": "kT", "int8": "kInt8", "float8e4m3fn": "kFp8", "float32": "kFloat32"}
 
 
 def assembly(binaries: Sequence[Binary], folder: Path) -> str:
@@ -71,7 +71,8 @@ def _image(binary: Binary) -> str:
     boxes = ", ".join(f"{{{rows}, {columns}}}" for rows, columns in binary.boxes)
     return (
         f"{{Family::{_FAMILIES[variant.family]}, {variant.architecture}, "
-        f"{_ONNX_TYPES[variant.dtype]}, {variant.block}, {shape}, {costs}, "
+        f"{_ONNX_TYPES[variant.dtype]}, {_cxx(variant.codes == 'float8e4m3fn')}, "
+        f"{variant.block}, {shape}, {costs}, "
         f'{binary.threads}, {binary.shared}, {{{boxes}}}, "{binary.entry}", {variant.name}}}'
     )
 
@@ -79,7 +80,7 @@ def _image(binary: Binary) -> str:
 def _choice(binary: Binary) -> Choice:
     return next(
         choice
-        for choice in CHOICES[binary.variant.architecture]
+        for choice in CHOICES[binary.variant.architecture][binary.variant.codes]
         if choice.tile == binary.variant.tile
     )
 
@@ -92,9 +93,10 @@ def _operators() -> list[str]:
             items = ", ".join(map(_parameter, parameters))
             lines.append(f"static const Parameter k{operator.name}{kind}[] = {{{items}}};")
         rows.append(
-            f'    {{"{operator.name}", k{operator.name}Inputs, {len(operator.inputs)}, '
-            f"k{operator.name}Outputs, {len(operator.outputs)}, "
-            f"{str(operator.result_type).lower()}}},"
+            f'    {{"{operator.name}", "{operator.kind}", '
+            f"{_cxx(operator.codes == 'float8e4m3fn')}, "
+            f"k{operator.name}Inputs, {len(operator.inputs)}, "
+            f"k{operator.name}Outputs, {len(operator.outputs)}, {_cxx(operator.result_type)}}},"
         )
     names = ", ".join(f'"{name}"' for name in ACTIVATIONS)
     return [
@@ -110,5 +112,9 @@ def _operators() -> list[str]:
 
 
 def _parameter(parameter: Parameter) -> str:
-    optional = str(parameter.optional).lower()
-    return f'{{"{parameter.name}", Type::{_TYPES[parameter.type]}, {optional}}}'
+    place = f'"{parameter.name}", Type::{_TYPES[parameter.type]}, {_cxx(parameter.optional)}'
+    return f"{{{place}}}"
+
+
+def _cxx(value: bool) -> str:
+    return str(value).lower()

@@ -1,4 +1,4 @@
-"""The INT8 GEMM in plain Triton: every architecture, and few rows on every architecture."""
+"""The GEMM of codes in plain Triton: every architecture, and few rows on every architecture."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def gemm(
 ):
     """out[m, n] = float(a[m, k] · b[n, k]ᵀ) · a_scale[m] · b_scale[n] + bias[n].
 
-    a: int8[m, k]. b: int8[n, k]. a_scale: float32[m], or one for all where its stride is 0.
-    b_scale and bias: float32[n]. out: float16, bfloat16 or float32 [m, n] for out_kind 0, 1, 2.
-    The sum of products is exact; it is scaled in float32 and rounded once.
+    a: int8 or e4m3 [m, k]. b: the same [n, k]. a_scale: float32[m], or one for all where its stride
+    is 0. b_scale and bias: float32[n]. out: float16, bfloat16 or float32 [m, n] for out_kind 0, 1,
+    2. The sum of products is exact for int8; it is scaled in float32 and rounded once.
     """
     tile = tl.program_id(0)
     tiles_m = tl.cdiv(m, BLOCK_M)
@@ -44,12 +44,16 @@ def gemm(
     column_ok = columns < n
     a_at = a_ptr + rows.to(tl.int64)[:, None] * k + depth[None, :]
     b_at = b_ptr + columns.to(tl.int64)[None, :] * k + depth[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    INT8: tl.constexpr = a_ptr.dtype.element_ty == tl.int8
+    SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
+    ZERO: tl.constexpr = 0 if INT8 else 0.0
+    acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     for start in range(0, k, BLOCK_K):
         left = depth < k - start
-        a = tl.load(a_at, row_ok[:, None] & left[None, :], 0)
-        b = tl.load(b_at, column_ok[None, :] & left[:, None], 0)
-        acc = tl.dot(a, b, acc)
+        a = tl.load(a_at, row_ok[:, None] & left[None, :], ZERO)
+        b = tl.load(b_at, column_ok[None, :] & left[:, None], ZERO)
+        # Tensor cores of sm_90 add e4m3 products up in few bits: within a step, no further.
+        acc = tl.dot(a, b, acc, max_num_imprecise_acc=0 if INT8 else BLOCK_K)
         a_at += BLOCK_K
         b_at += BLOCK_K
 

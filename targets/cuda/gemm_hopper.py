@@ -1,4 +1,4 @@
-"""The INT8 GEMM of sm_90: bulk tensor copies, wgmma, and one warp that does nothing but load.
+"""The GEMM of codes on sm_90: bulk tensor copies, wgmma, and one warp that does nothing but load.
 
 Written in Gluon, Triton's lower level, because the roles of the warps matter here. A block of
 threads is one loader warp and CONSUMERS warpgroups of 64 or 128 output rows each. They share STAGES
@@ -52,6 +52,7 @@ def _load(
     group,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
+    PROMOTE: gl.constexpr,
 ):
     """The loader: fills stage after stage, tile after tile, as soon as all consumers left it."""
     ROWS: gl.constexpr = a_desc.block_shape[0]
@@ -64,7 +65,9 @@ def _load(
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         row, column = _origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, group)
-        for at in range(0, k, BLOCK_K):
+        # What lies past the last column is zero.
+        ROUND: gl.constexpr = BLOCK_K * (PROMOTE if PROMOTE > 0 else 1)
+        for at in range(0, (k + ROUND - 1) // ROUND * ROUND, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             bar = ready.index(stage)
@@ -78,6 +81,36 @@ def _load(
                 )
             tma.async_load(b_desc, [column, at], bar, b_bufs.index(stage))
             step += 1
+
+
+@gluon.jit
+def _product(
+    acc,
+    use_acc,
+    release,
+    a_bufs,
+    b_bufs,
+    ready,
+    empty,
+    step,
+    CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Start the product of a stage, and wait for the one before it."""
+    stage = step % STAGES
+    mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+    acc = warpgroup_mma(
+        a_bufs.index(stage * CONSUMERS + CONSUMER),
+        b_bufs.index(stage).permute((1, 0)),
+        acc,
+        use_acc=use_acc,
+        is_async=True,
+    )
+    acc = warpgroup_mma_wait(1, deps=[acc])
+    # The product before this one is done: its buffers may be filled again.
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=release)
+    return acc
 
 
 @gluon.jit
@@ -101,14 +134,22 @@ def _multiply(
     CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
+    PROMOTE: gl.constexpr,
 ):
-    """A consumer: its rows of every tile, accumulated exactly, scaled and written."""
+    """A consumer: its rows of every tile, summed, scaled and written.
+
+    Sums of int8 products are exact. Tensor cores add those of e4m3 up in 14 bits or so, cutting off
+    what is below: after PROMOTE stages, the sum is added to one in float32.
+    """
     ROWS: gl.constexpr = a_bufs.shape[1]
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
     BLOCK_N: gl.constexpr = b_bufs.shape[1]
     BLOCK_K: gl.constexpr = b_bufs.shape[2]
+    INT8: gl.constexpr = a_bufs.dtype == gl.int8
     # Triton has no wider instruction for int8.
-    WIDTH: gl.constexpr = BLOCK_N if BLOCK_N < 128 else 128
+    WIDEST: gl.constexpr = 128 if INT8 else 256
+    WIDTH: gl.constexpr = BLOCK_N if BLOCK_N < WIDEST else WIDEST
+    SUM: gl.constexpr = gl.int32 if INT8 else gl.float32
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     out_buf = out_bufs.index(CONSUMER)
     tiles_m = (m + BLOCK_M - 1) // BLOCK_M
@@ -117,22 +158,47 @@ def _multiply(
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         row, column = _origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, group)
         row += CONSUMER * ROWS
-        acc = gl.zeros((ROWS, BLOCK_N), gl.int32, LAYOUT)
-        for i in range((k + BLOCK_K - 1) // BLOCK_K):
-            stage = step % STAGES
-            mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-            acc = warpgroup_mma(
-                a_bufs.index(stage * CONSUMERS + CONSUMER),
-                b_bufs.index(stage).permute((1, 0)),
-                acc,
-                is_async=True,
-            )
-            acc = warpgroup_mma_wait(1, deps=[acc])
-            # The product before this one is done: its buffers may be filled again.
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=i > 0)
-            step += 1
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+        acc = gl.zeros((ROWS, BLOCK_N), SUM, LAYOUT)
+        if PROMOTE == 0:
+            steps = (k + BLOCK_K - 1) // BLOCK_K
+            for i in range(steps):
+                acc = _product(
+                    acc,
+                    True,
+                    i > 0,
+                    a_bufs,
+                    b_bufs,
+                    ready,
+                    empty,
+                    step,
+                    CONSUMER,
+                    CONSUMERS,
+                    STAGES,
+                )
+                step += 1
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+        else:
+            part = gl.zeros((ROWS, BLOCK_N), SUM, LAYOUT)
+            for _ in range((k + BLOCK_K * PROMOTE - 1) // (BLOCK_K * PROMOTE)):
+                for i in gl.static_range(PROMOTE):
+                    part = _product(
+                        part,
+                        i > 0,
+                        i > 0,
+                        a_bufs,
+                        b_bufs,
+                        ready,
+                        empty,
+                        step,
+                        CONSUMER,
+                        CONSUMERS,
+                        STAGES,
+                    )
+                    step += 1
+                part = warpgroup_mma_wait(0, deps=[part])
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+                acc += part
 
         rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
         columns = column + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
@@ -170,6 +236,7 @@ def gemm_hopper(
     group,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
+    PROMOTE: gl.constexpr,
 ):
     """out[m, n] = float(a[m, k] · b[n, k]ᵀ) · a_scale[m] · b_scale[n] + bias[n].
 
@@ -179,8 +246,10 @@ def gemm_hopper(
     ROWS: gl.constexpr = a_desc.block_shape[0]
     BLOCK_N: gl.constexpr = b_desc.block_shape[0]
     BLOCK_K: gl.constexpr = b_desc.block_shape[1]
-    a_bufs = gl.allocate_shared_memory(gl.int8, [STAGES * CONSUMERS, ROWS, BLOCK_K], a_desc.layout)
-    b_bufs = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, BLOCK_K], b_desc.layout)
+    a_bufs = gl.allocate_shared_memory(
+        a_desc.dtype, [STAGES * CONSUMERS, ROWS, BLOCK_K], a_desc.layout
+    )
+    b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], b_desc.layout)
     out_bufs = gl.allocate_shared_memory(gl.int16, [CONSUMERS, ROWS, BLOCK_N], out_desc.layout)
     ready = mbarrier.allocate_mbarrier(batch=STAGES)
     empty = mbarrier.allocate_mbarrier(batch=STAGES)
@@ -213,6 +282,7 @@ def gemm_hopper(
                         0,
                         CONSUMERS,
                         STAGES,
+                        PROMOTE,
                     ),
                 ),
                 (
@@ -230,6 +300,7 @@ def gemm_hopper(
                         group,
                         CONSUMERS,
                         STAGES,
+                        PROMOTE,
                     ),
                 ),
             ],
@@ -261,6 +332,7 @@ def gemm_hopper(
                         0,
                         CONSUMERS,
                         STAGES,
+                        PROMOTE,
                     ),
                 ),
                 (
@@ -285,6 +357,7 @@ def gemm_hopper(
                         1,
                         CONSUMERS,
                         STAGES,
+                        PROMOTE,
                     ),
                 ),
                 (
@@ -302,6 +375,7 @@ def gemm_hopper(
                         group,
                         CONSUMERS,
                         STAGES,
+                        PROMOTE,
                     ),
                 ),
             ],

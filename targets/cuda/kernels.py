@@ -5,10 +5,13 @@ One program per row of a [rows, columns] matrix in float16 or bfloat16, the whol
 these kernels wait for memory, a branch that all threads take alike costs nothing, and a library
 with one kernel per flag would be ten times the size.
 
-Codes are ``rint(value * inverse)``. Per token, inverse = 127 / max|row| and scale = max|row| / 127,
-both correctly rounded; a row below 2⁻¹⁰⁰ codes as zeros. With a static scale, inverse = 1 / scale
-and codes saturate at -128 and 127. A row with a NaN has the scale NaN, one with an infinity the
-scale infinity: what the float graph would show stays visible.
+Codes are ``value * inverse``, rounded to int8 or, where `is_fp8`, to e4m3, halves to even. Per
+token, inverse = 127 / max|row| and scale = max|row| / 127 (448 for e4m3), both correctly rounded; a
+row below 2⁻¹⁰⁰ codes as zeros. With a static scale, inverse = 1 / scale and codes saturate at -128
+and 127, or ±448. A row with a NaN has the scale NaN, one with an infinity the scale infinity: what
+the float graph would show stays visible.
+
+FP8 is whether the GPU has the instruction that rounds to e4m3, from compute capability 8.9 on.
 """
 
 from __future__ import annotations
@@ -69,15 +72,44 @@ def _pack(value, inverse, SATURATE: tl.constexpr):
 
 
 @triton.jit
-def _write_codes(value, ok, at, row, codes_ptr, scale_ptr, static_ptr, is_static):
+def _pack_e4m3(value, inverse):
+    """``value * inverse`` as e4m3, saturating, four at a time; the product is rounded first."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 a, b, c, d;
+        .reg .b16 low, high;
+        mul.rn.f32 a, $1, $5; mul.rn.f32 b, $2, $6;
+        mul.rn.f32 c, $3, $7; mul.rn.f32 d, $4, $8;
+        cvt.rn.satfinite.e4m3x2.f32 low, b, a;
+        cvt.rn.satfinite.e4m3x2.f32 high, d, c;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,r,r,r,r,r,r,r,r",
+        [value, inverse],
+        dtype=tl.int8,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def _write_codes(
+    value, ok, at, row, codes_ptr, scale_ptr, static_ptr, is_static, is_fp8, FP8: tl.constexpr
+):
     """Quantise a row of float32 values, 0 where not `ok`: codes, and its scale unless given."""
     if is_static:
         inverse = tl.math.div_rn(1.0, tl.load(static_ptr))
-        tl.store(codes_ptr + at, _pack(value, inverse, True), ok)
     else:
         largest = tl.reduce(tl.abs(value), 0, _larger)
-        tl.store(scale_ptr + row, tl.math.div_rn(largest, 127.0))
-        inverse = tl.where(largest < TINY, 0.0, tl.math.div_rn(127.0, largest))
+        levels = tl.where(is_fp8 != 0, 448.0, 127.0) if FP8 else 127.0
+        tl.store(scale_ptr + row, tl.math.div_rn(largest, levels))
+        inverse = tl.where(largest < TINY, 0.0, tl.math.div_rn(levels, largest))
+    if is_fp8:
+        if FP8:
+            tl.store(codes_ptr + at, _pack_e4m3(value, inverse), ok)
+    elif is_static:
+        tl.store(codes_ptr + at, _pack(value, inverse, True), ok)
+    else:
         tl.store(codes_ptr + at, _pack(value, inverse, False), ok)
 
 
@@ -94,12 +126,14 @@ def activation_rows(
     kind,
     has_up,
     is_static,
+    is_fp8,
     BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """codes[row] = quantised(kind(x[row]) * up[row]); kind 0 is x itself.
 
-    x and up: T[rows, columns], rows `x_stride` and `up_stride` elements apart. codes: int8[rows,
-    columns]. scale: float32[rows], written unless `is_static`; static: float32[1].
+    x and up: T[rows, columns], rows `x_stride` and `up_stride` elements apart. codes: int8 or e4m3
+    [rows, columns]. scale: float32[rows], written unless `is_static`; static: float32[1].
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -116,7 +150,8 @@ def activation_rows(
         value = value / (1.0 + tl.exp(-value))
     if has_up:
         value *= tl.load(up_ptr + row * up_stride + at, ok, 0.0).to(tl.float32)
-    _write_codes(value, ok, row * columns + at, row, codes_ptr, scale_ptr, static_ptr, is_static)
+    here = row * columns + at
+    _write_codes(value, ok, here, row, codes_ptr, scale_ptr, static_ptr, is_static, is_fp8, FP8)
 
 
 @triton.jit
@@ -136,7 +171,9 @@ def norm_rows(
     has_bias,
     has_sum,
     is_static,
+    is_fp8,
     BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """codes[row] = quantised(norm(x[row] + residual[row])); the sum, rounded to T, is written too.
 
@@ -161,4 +198,4 @@ def norm_rows(
     value *= tl.load(weight_ptr + at, ok, 0.0).to(tl.float32)
     if has_bias:
         value += tl.load(bias_ptr + at, ok, 0.0).to(tl.float32)
-    _write_codes(value, ok, here, row, codes_ptr, scale_ptr, static_ptr, is_static)
+    _write_codes(value, ok, here, row, codes_ptr, scale_ptr, static_ptr, is_static, is_fp8, FP8)

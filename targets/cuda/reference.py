@@ -4,9 +4,10 @@
 body in opset 23. Where the library is registered, ONNX Runtime's CUDA provider takes the nodes;
 where it is not, the bodies are inlined: one file for both, which is how it is checked on the CPU.
 
-Integer products are exact there as in the library; codes and scales of the operators that quantise
-alone agree bit for bit; norms and activations agree but for the order of float32 sums and the last
-bits of exp and erf, which moves a code by one where a value lies between two.
+Integer products are exact there as in the library, and those of e4m3 codes differ by the order of
+float32 sums and by what tensor cores cut off; codes and scales of the operators that quantise alone
+agree bit for bit; norms and activations agree but for the order of float32 sums and the last bits
+of exp and erf, which moves a code by one where a value lies between two.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Final
 
 import numpy as np
 import onnx_ir as ir
-from qcompile.targets.cuda.schema import BY_NAME, DOMAIN, VERSION, Operator
+from qcompile.targets.cuda.schema import BY_NAME, DOMAIN, LARGEST, VERSION, Operator
 
 OPSET: Final = 23
 
@@ -32,6 +33,7 @@ _ATTRIBUTE_TYPES: Final = {
 
 Attributes = Mapping[str, int | float | str]
 _Values = dict[str, ir.Value]
+_Body = Callable[[ir.tape.Tape, _Values, Operator, Attributes], _Values]
 
 
 def with_reference(model: ir.Model) -> ir.Model:
@@ -79,7 +81,7 @@ def reference_function(
         for parameter, value, there in zip(operator.inputs, formal, present_in, strict=False)
         if there
     }
-    made = _BODIES[operator.name](tape, given, attributes)
+    made = _BODIES[operator.kind](tape, given, operator, attributes)
     results = []
     for parameter, there in zip(operator.outputs, present_out, strict=True):
         value = made.get(parameter.name)
@@ -127,7 +129,7 @@ def _to_float(tape: ir.tape.Tape, value: ir.Value) -> ir.Value:
     return tape.op("Cast", [value], {"to": _FLOAT})
 
 
-def _codes(tape: ir.tape.Tape, value: ir.Value, given: _Values) -> _Values:
+def _codes(tape: ir.tape.Tape, value: ir.Value, given: _Values, operator: Operator) -> _Values:
     """Codes of a float32 value; their scale too where none is given."""
     made: _Values = {}
     if "scale" in given:
@@ -135,7 +137,7 @@ def _codes(tape: ir.tape.Tape, value: ir.Value, given: _Values) -> _Values:
     else:
         last = _constant(tape, np.array([-1], np.int64))
         largest = tape.op("ReduceMax", [tape.op("Abs", [value]), last], {"keepdims": 1})
-        levels = _number(tape, 127.0)
+        levels = _number(tape, LARGEST[operator.codes])
         made["scale"] = tape.op("Div", [largest, levels])
         inverse = tape.op(
             "Where",
@@ -145,17 +147,26 @@ def _codes(tape: ir.tape.Tape, value: ir.Value, given: _Values) -> _Values:
                 tape.op("Div", [levels, largest]),
             ],
         )
-    rounded = tape.op("Round", [tape.op("Mul", [value, inverse])])
+    exact = tape.op("Mul", [value, inverse])
+    if operator.codes == "float8e4m3fn":
+        saturated = {"to": int(ir.DataType.FLOAT8E4M3FN), "saturate": 1}
+        made["codes"] = tape.op("Cast", [exact], saturated)
+        return made
+    rounded = tape.op("Round", [exact])
     clipped = tape.op("Clip", [rounded, _number(tape, -128.0), _number(tape, 127.0)])
     made["codes"] = tape.op("Cast", [clipped], {"to": int(ir.DataType.INT8)})
     return made
 
 
-def _quantize(tape: ir.tape.Tape, given: _Values, attributes: Attributes) -> _Values:
-    return _codes(tape, _to_float(tape, given["x"]), given)
+def _quantize(
+    tape: ir.tape.Tape, given: _Values, operator: Operator, attributes: Attributes
+) -> _Values:
+    return _codes(tape, _to_float(tape, given["x"]), given, operator)
 
 
-def _activate(tape: ir.tape.Tape, given: _Values, attributes: Attributes) -> _Values:
+def _activate(
+    tape: ir.tape.Tape, given: _Values, operator: Operator, attributes: Attributes
+) -> _Values:
     value = _to_float(tape, given["x"])
     up = given.get("up")
     factor = None if up is None else _to_float(tape, up)
@@ -173,11 +184,13 @@ def _activate(tape: ir.tape.Tape, given: _Values, attributes: Attributes) -> _Va
         value = tape.op("Mul", [value, tape.op("Sigmoid", [value])])
     if factor is not None:
         value = tape.op("Mul", [value, factor])
-    return _codes(tape, value, given)
+    return _codes(tape, value, given, operator)
 
 
-def _normalise(op_type: str) -> Callable[[ir.tape.Tape, _Values, Attributes], _Values]:
-    def body(tape: ir.tape.Tape, given: _Values, attributes: Attributes) -> _Values:
+def _normalise(op_type: str) -> _Body:
+    def body(
+        tape: ir.tape.Tape, given: _Values, operator: Operator, attributes: Attributes
+    ) -> _Values:
         value = _to_float(tape, given["x"])
         total = tape.op("Identity", [given["x"]])
         if "residual" in given:
@@ -188,26 +201,32 @@ def _normalise(op_type: str) -> Callable[[ir.tape.Tape, _Values, Attributes], _V
         if "bias" in given:
             inputs.append(_to_float(tape, given["bias"]))
         options = {"axis": -1, "epsilon": float(attributes["epsilon"])}
-        made = _codes(tape, tape.op(op_type, inputs, options), given)
+        made = _codes(tape, tape.op(op_type, inputs, options), given, operator)
         return made | {"sum": total}
 
     return body
 
 
-def _multiply(tape: ir.tape.Tape, given: _Values, attributes: Attributes) -> _Values:
+def _multiply(
+    tape: ir.tape.Tape, given: _Values, operator: Operator, attributes: Attributes
+) -> _Values:
     weight = tape.op("Transpose", [given["weight"]], {"perm": [1, 0]})
-    exact = tape.op("MatMulInteger", [given["x"], weight])
-    value = tape.op("Mul", [_to_float(tape, exact), given["x_scale"]])
+    if operator.codes == "int8":
+        total = _to_float(tape, tape.op("MatMulInteger", [given["x"], weight]))
+    else:
+        # No runtime multiplies codes of e4m3 on the CPU.
+        total = tape.op("MatMul", [_to_float(tape, given["x"]), _to_float(tape, weight)])
+    value = tape.op("Mul", [total, given["x_scale"]])
     value = tape.op("Mul", [value, given["weight_scale"]])
     if "bias" in given:
         value = tape.op("Add", [value, given["bias"]])
     return {"y": tape.op("Cast", [value], {"to": int(attributes["dtype"])})}
 
 
-_BODIES: Final[dict[str, Callable[[ir.tape.Tape, _Values, Attributes], _Values]]] = {
-    "QuantizeInt8": _quantize,
-    "ActivationInt8": _activate,
-    "LayerNormInt8": _normalise("LayerNormalization"),
-    "RMSNormInt8": _normalise("RMSNormalization"),
-    "MatMulInt8": _multiply,
+_BODIES: Final[dict[str, _Body]] = {
+    "Quantize": _quantize,
+    "Activation": _activate,
+    "LayerNorm": _normalise("LayerNormalization"),
+    "RMSNorm": _normalise("RMSNormalization"),
+    "MatMul": _multiply,
 }

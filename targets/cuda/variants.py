@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Final, Literal, get_args
 
+from qcompile.targets.cuda.schema import SUFFIX, Codes
 from qcompile.targets.cuda.tiles import CHOICES, Tile
 
 RowFamily = Literal["activation_rows", "norm_rows"]
@@ -32,6 +33,7 @@ class Variant:
         dtype: of activations, for kernels over rows.
         block: for kernels over rows.
         tile: for GEMMs.
+        codes: what GEMMs multiply; kernels over rows write codes of any type.
     """
 
     family: Family
@@ -39,14 +41,16 @@ class Variant:
     dtype: str = ""
     block: int = 0
     tile: Tile | None = None
+    codes: Codes = "int8"
 
     @property
     def name(self) -> str:
         """Unique, and fit for a file and a symbol."""
         if self.tile is None:
             return f"{self.family}_{self.dtype}_{self.block}_sm{self.architecture}"
+        numbers = map(str, map(int, dataclasses.astuple(self.tile)))
         return "_".join(
-            [self.family, *map(str, dataclasses.astuple(self.tile)), f"sm{self.architecture}"]
+            [self.family, SUFFIX[self.codes].lower(), *numbers, f"sm{self.architecture}"]
         )
 
     @property
@@ -69,10 +73,12 @@ def all_variants() -> Iterator[Variant]:
             for dtype in DTYPES:
                 for block in BLOCKS:
                     yield Variant(family, architecture, dtype=dtype, block=block)
-        for choice in CHOICES[architecture]:
-            yield gemm_variant(choice.tile, architecture)
+        for codes, choices in CHOICES[architecture].items():
+            for choice in choices:
+                yield gemm_variant(choice.tile, architecture, codes)
 
 
-def gemm_variant(tile: Tile, architecture: int) -> Variant:
+def gemm_variant(tile: Tile, architecture: int, codes: Codes = "int8") -> Variant:
     """The GEMM with that tile: a tile with consumers is one of ``gemm_hopper``."""
-    return Variant("gemm_hopper" if tile.consumers else "gemm", architecture, tile=tile)
+    family: Family = "gemm_hopper" if tile.consumers else "gemm"
+    return Variant(family, architecture, tile=tile, codes=codes)

@@ -60,6 +60,24 @@ def test_rotary_embedding_between() -> None:
     assert_rewrites(AttentionTo3D(), before, after, FEED, atol=1e-6)
 
 
+def test_norm_of_each_head_between() -> None:
+    before = f"""g ({INPUTS}, {ANGLES}, float[8] w) => {OUTPUT} {SHAPES} {{ {Q4} {K4} {V4}
+      q5 = RMSNormalization <axis = -1> (q1, w) q6 = Transpose <perm = [0, 2, 1, 3]> (q5)
+      q3 = RotaryEmbedding <interleaved = 0> (q6, cos, sin)
+      k5 = RMSNormalization <axis = -1> (k1, w) k6 = Transpose <perm = [0, 2, 1, 3]> (k5)
+      y1 = Attention <scale = 0.25> (q3, k6, v2, mask) {OUT} }}"""
+    after = f"""g ({INPUTS}, {ANGLES}, float[8] w) => {OUTPUT}
+      <int64[4] qs = {{0, 0, 4, 8}}, int64[4] ks = {{0, 0, -1, 8}},
+       int64[3] qw = {{0, 0, 32}}, int64[3] kw = {{0, 0, 16}}> {{
+      q1 = Reshape (q, qs) k1 = Reshape (k, ks)
+      q5 = RMSNormalization <axis = -1> (q1, w) k5 = RMSNormalization <axis = -1> (k1, w)
+      q6 = Reshape (q5, qw) q3 = RotaryEmbedding <interleaved = 0, num_heads = 4> (q6, cos, sin)
+      k6 = Reshape (k5, kw)
+      y = {THREE_D} (q3, k6, v, mask) }}"""
+    feed = FEED | {"w": _random(D)}
+    assert_rewrites(AttentionTo3D(), before, after, feed, atol=1e-6)
+
+
 def test_repeated_heads_are_absorbed() -> None:
     before = f"""g ({INPUTS}) => {OUTPUT} {SHAPES} {{ {Q4} {K4} {V4}
       k5 = Unsqueeze (k2, two) k6 = Expand (k5, repeat) k7 = Reshape (k6, wide)

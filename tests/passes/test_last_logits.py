@@ -7,8 +7,10 @@ import onnx_ir as ir
 import pytest
 from qcompile.passes.last_logits import LastLogits
 
+from qcompile.cache import last_columns
 from tests.passes.rewriting import HEADER, assert_leaves, typed
 from tests.support import (
+    Feed,
     assert_idempotent,
     assert_same_graph,
     check_model,
@@ -29,14 +31,30 @@ WEIGHTS = {
 }
 DECLARED = (
     "float[8] g, float[8,16] w, float[16] c, int8[8,16] q, float[16] t, float s, uint8 z, "
-    "int64[1] start, int64[1] end, int64[1] axis"
+    "int64 axis, int64[1] axes, int64[2] inner, int32 minus_one"
 )
-SLICE = {
-    "start": np.array([-1]),
-    "end": np.array([np.iinfo(np.int64).max]),
-    "axis": np.array([1]),
+CONSTANTS = {
+    "axis": np.array(1),
+    "axes": np.array([1]),
+    "inner": np.array([1, 2]),
+    "minus_one": np.array(-1, np.int32),
 }
+TOKENS = "int64[B,S] input_ids, int64[B,T] attention_mask"
 INPUTS = f"float[B,S,8] a, float[B,S,8] b, {DECLARED}"
+KEPT = """k = Shape (input_ids) minus = ConstantOfShape <value = int32[1] {-1}> (k)
+    newest = CumSum <reverse = 1> (minus, axis) known = Cast <to = 6> (attention_mask)
+    kept = GatherElements <axis = 1> (known, newest)
+    places = CumSum (minus, axis) real = Mul (kept, places)
+    least = ReduceMin <keepdims = 0> (real, axes) at = Sub (minus_one, least)
+    index = Cast <to = 7> (at) ats = Unsqueeze (index, inner)
+    l = GatherND <batch_dims = 1> (h, ats)"""
+MASKS = {
+    "no padding": ([[1, 1, 1], [1, 1, 1]], [2, 2]),
+    "left": ([[0, 0, 1], [1, 1, 1]], [2, 2]),
+    "right": ([[1, 0, 0], [1, 1, 0]], [0, 1]),
+    "all of a row": ([[0, 0, 0], [1, 1, 1]], [2, 2]),
+    "after a cache": ([[1, 0, 1, 1, 0], [1, 1, 1, 0, 0]], [1, 0]),
+}
 
 
 @pytest.mark.parametrize(
@@ -51,23 +69,30 @@ INPUTS = f"float[B,S,8] a, float[B,S,8] b, {DECLARED}"
 def test_the_last_token(after: str) -> None:
     def graph(sequence: str, body: str) -> ir.Model:
         out = f"(float[B,{sequence},16] logits, float[B,S,8] y)"
-        text = f"{HEADER}m ({INPUTS}) => {out} {{ h = Add (a, b) y = Relu (h) {body} }}"
-        model = typed(from_text(text, **WEIGHTS, **SLICE))
+        text = f"{HEADER}m ({TOKENS}, {INPUTS}) => {out} {{ h = Add (a, b) y = Relu (h) {body} }}"
+        model = typed(from_text(text, **WEIGHTS, **CONSTANTS))
         for value in (v for node in model.graph for v in node.outputs if v.shape is None):
             # Inference knows no shape of a contrib op; lowered graphs keep those of before.
             value.shape = ir.Shape(["B", sequence, 16])
         return model
 
     model = graph("S", after.format(x="h"))
-    wanted = run_model(model, FEED, optimise=False)
+    feeds = {name: _feed(mask) for name, (mask, _) in MASKS.items()}
+    wanted = {name: run_model(model, feed, optimise=False) for name, feed in feeds.items()}
     assert LastLogits()(model).modified
-    expected = graph("1", f"l = Slice (h, start, end, axis) {after.format(x='l')}")
-    assert_same_graph(model, expected)
+    assert_same_graph(model, graph("1", KEPT + after.format(x="l")))
     check_model(model)
-    found = run_model(model, FEED, optimise=False)
-    np.testing.assert_array_equal(found["y"], wanted["y"])
-    np.testing.assert_allclose(found["logits"], wanted["logits"][:, -1:], rtol=0, atol=1e-5)
+    for name, feed in feeds.items():
+        found, columns = run_model(model, feed, optimise=False), MASKS[name][1]
+        np.testing.assert_array_equal(found["y"], wanted[name]["y"])
+        last = wanted[name]["logits"][[0, 1], columns]
+        np.testing.assert_allclose(found["logits"][:, 0], last, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(last_columns(feed).ravel(), columns)
     assert_idempotent(LastLogits(), model)
+
+
+def _feed(mask: list[list[int]]) -> Feed:
+    return FEED | {"input_ids": np.ones((2, 3), np.int64), "attention_mask": np.array(mask)}
 
 
 @pytest.mark.parametrize(
@@ -80,4 +105,10 @@ def test_the_last_token(after: str) -> None:
     ids=["over the tokens", "two inputs", "norm over the tokens"],
 )
 def test_what_stays(body: str) -> None:
-    assert_leaves(LastLogits(), f"m ({INPUTS}) => (float[B,S,8] logits) {{ {body} }}", **WEIGHTS)
+    text = f"m ({TOKENS}, {INPUTS}) => (float[B,S,8] logits) {{ {body} }}"
+    assert_leaves(LastLogits(), text, **WEIGHTS)
+
+
+def test_what_has_no_mask_stays() -> None:
+    text = f"m ({INPUTS}) => (float[B,S,16] logits) {{ h = Add (a, b) logits = MatMul (h, w) }}"
+    assert_leaves(LastLogits(), text, **WEIGHTS)

@@ -27,6 +27,13 @@ WEIGHTS = {
     "head": RNG.standard_normal((32, 48)).astype(np.float32),
 }
 WEIGHT_TYPES = "float[20,32] words, float[8,32] places, float[32] g, float[32,48] head"
+CODES = {
+    "order": RNG.permutation(32),
+    "blocks": np.array([0, 0, -1, 8]),
+    "last": np.array([-1]),
+    "offset": RNG.standard_normal((4, 48)).astype(np.float32),
+}
+CODE_TYPES = "int64[32] order, int64[4] blocks, int64[1] last, float[4,48] offset"
 INPUTS = f"(int64[B,S] ids, int64[B,S] positions, int64[B,S] mask, {DECLARED}, {WEIGHT_TYPES})"
 EMBED = "a = Gather (words, {ids}) b = Gather (places, {positions}) x = Add (a, b)"
 LAYER = "h = RMSNormalization <axis = -1> (x, g)"
@@ -46,30 +53,29 @@ def before(*, mask: str = BOTH, rest: str = REST, embed: str = EMBED, more: str 
         o = Attention <{HEADS}> (h, h, h, keep)
         {rest.format(y="y")}
     }}"""
-    model = from_text(text, **CONSTANTS, **WEIGHTS)
+    text = text.replace(WEIGHT_TYPES, f"{WEIGHT_TYPES}, {CODE_TYPES}")
+    model = from_text(text, **CONSTANTS, **WEIGHTS, **CODES)
     for function in per_token_functions():
         model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = 1
     return typed(model)
 
 
-AFTER = f"""{HEADER}g (int64[B,S] ids, int64[B,S] positions, int64[B,S] mask, int32 one, int64 axis,
-    int32 zero, int64[1] axes, int64 batch, int64[2] flat, {WEIGHT_TYPES}) => (float[B,S,48] z) {{
+AFTER = f"""{HEADER}g (int64[B,S] ids, int64[B,S] positions, int64[B,S] mask, int64 axis,
+    int64[1] axes, int64 batch, int64[2] flat, {WEIGHT_TYPES}) => (float[B,S,48] z) {{
     keep = Cast <to = 9> (mask)
     kept = Cast <to = 6> (keep)
-    sum = CumSum (kept, axis)
-    front = Sub (sum, one)
-    absent = Sub (kept, one)
+    size = Shape (mask)
+    minus = ConstantOfShape <value = int32[1] {{-1}}> (size)
+    front = CumSum <exclusive = 1> (kept, axis)
+    absent = Add (kept, minus)
     back = CumSum <reverse = 1> (absent, axis)
     place = Where (keep, front, back)
     packed_ids = ScatterElements <axis = 1> (ids, place, ids)
     packed_positions = ScatterElements <axis = 1> (positions, place, positions)
-    same = Equal (mask, mask)
-    ones = Cast <to = 6> (same)
-    length = ReduceSum (ones, axes)
+    length = ReduceSum (minus, axes)
     first = CumSum <exclusive = 1> (length, batch)
-    within = Max (front, zero)
-    source = Add (first, within)
+    source = Sub (front, first)
     {EMBED.format(ids="packed_ids", positions="packed_positions")}
     {LAYER}
     o = Attention <{HEADS}, is_causal = 1> (h, h, h)
@@ -85,8 +91,6 @@ def test_rewrite() -> None:
     model = before()
     assert PackTokens()(model).modified
     numbers = {
-        "one": np.array(1, np.int32),
-        "zero": np.array(0, np.int32),
         "axis": np.array(1),
         "axes": np.array([1]),
         "batch": np.array(0),
@@ -162,6 +166,35 @@ WINDOW = f"{BOTH.replace('keep', 'seen')} d = Sub (r, axis) in = GreaterOrEqual 
 )
 def test_other_masks_stay(mask: str) -> None:
     assert_stays(before(mask=mask))
+
+
+STORED = """y = Add (x, o) p = Gather <axis = -1> (y, order) m = MatMul (p, head)
+    cut = Reshape (p, blocks) s = ReduceSum <keepdims = 0> (cut, last) e = MatMul (s, offset)
+    z = Add (m, e)"""
+
+
+def test_codes_of_a_checkpoint_work_on_tokens_alone() -> None:
+    """Channels in another order, and sums of blocks of them."""
+    plain, packed = before(rest=STORED), before(rest=STORED)
+    assert PackTokens()(packed).modified
+    feed = feed_of([[0, 1, 1], [1, 0, 1]])
+    real = feed["mask"].astype(bool)
+    wanted, found = run_model(plain, feed)["z"], run_model(packed, feed)["z"]
+    np.testing.assert_allclose(found[real], wanted[real], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        pytest.param("p = Gather <axis = 1> (y, mask) z = MatMul (p, head)", id="tokens gathered"),
+        pytest.param(
+            "s = ReduceSum <keepdims = 1> (y, columns) p = Add (y, s) z = MatMul (p, head)",
+            id="tokens summed",
+        ),
+    ],
+)
+def test_tokens_that_meet_after_attention_stay(mixed: str) -> None:
+    assert_stays(before(rest=f"y = Add (x, o) {mixed}"))
 
 
 @pytest.mark.parametrize("second", ["is_causal = 1> (y, y, y)", "is_causal = 0> (y, y, y, causal)"])

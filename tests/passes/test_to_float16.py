@@ -53,6 +53,26 @@ def test_angles_stay_float32_until_they_are_used() -> None:
     np.testing.assert_allclose(run_model(model, feed)["y"], wanted, atol=0.01)
 
 
+def test_a_cache_comes_out_as_it_goes_in() -> None:
+    """Its inputs are float16, and scales of codes stay as the op wants them."""
+    text = """g (float[B,S,8] x, float[B,1,P,8] key, float[B,1,P,8] value, int32[B] last,
+        int32 total, float[1,1,8] scale) => (float[B,S,8] y, float[B,1,T,8] k, float[B,1,T,8] v) {
+        h = Relu (x)
+        y, k, v = com.microsoft.GroupQueryAttention <num_heads = 1, kv_num_heads = 1>
+          (h, h, h, key, value, last, total, , , , , , scale, scale) }"""
+    model = typed(from_text(HEADER + text, scale=np.ones((1, 1, 8), np.float32)))
+    for value, kind in zip(model.graph.inputs[1:3], ("key", "value"), strict=True):
+        value.name = f"past_key_values.0.{kind}"
+    assert ToFloat16()(model).modified
+    assert [v.name for node in model.graph for v in node.inputs if v is not None][-6:-3] == [
+        "past_key_values.0.key", "past_key_values.0.value", "last",
+    ]  # fmt: skip
+    half = [*model.graph.inputs[1:3], *model.graph.outputs]
+    assert {v.dtype for v in half} == {ir.DataType.FLOAT16}
+    assert model.graph.inputs[0].dtype == model.graph.initializers["scale"].dtype
+    assert_idempotent(ToFloat16(), model)
+
+
 def test_sums_are_float32() -> None:
     model = converted(
         """g (float[B,S,8] x, int64[1] last) => (float[B,S] y) {

@@ -6,16 +6,22 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from qcompile.targets.cuda.schema import BY_NAME, DOMAIN, Operator, Parameter
+from qcompile.targets.cuda.schema import BY_NAME, DOMAIN, LARGEST, Codes, Operator, Parameter
 
 Arrays = Mapping[str, np.ndarray]
 
 ONNX_TYPES = {"float16": 10, "bfloat16": 16, "float32": 1}
+CODES: tuple[Codes, ...] = get_args(Codes)
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+E4M3_TYPE = 17
+"""ONNX's number of it; ONNX Runtime takes and gives its bytes."""
 
 
 @functools.cache
@@ -103,28 +109,58 @@ def run(model: ir.Model, arrays: Arrays) -> dict[str, np.ndarray]:
     session = ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    names = [value.name.removeprefix("out_") for value in session.get_outputs()]
-    results = session.run(None, {f"in_{name}": array for name, array in arrays.items()})
-    return dict(zip(names, results, strict=True))
+    feeds = {f"in_{name}": _ort_value(array) for name, array in arrays.items()}
+    results = {}
+    for value, made in zip(
+        session.get_outputs(), session.run_with_ort_values(None, feeds), strict=True
+    ):
+        array = made.numpy()
+        results[value.name.removeprefix("out_")] = array.view(E4M3) if is_e4m3(value) else array
+    return results
 
 
-def token_codes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def is_e4m3(value: ort.NodeArg) -> bool:
+    return "float8" in value.type.lower()
+
+
+def _ort_value(array: np.ndarray) -> ort.OrtValue:
+    if array.dtype != E4M3:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), E4M3_TYPE)
+
+
+def token_codes(x: np.ndarray, codes: Codes = "int8") -> tuple[np.ndarray, np.ndarray]:
     """Codes and scales of rows, as the contract says."""
-    value = x.astype(np.float32)
+    value, levels = x.astype(np.float32), np.float32(LARGEST[codes])
     largest = np.abs(value).max(-1, keepdims=True)
     with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(largest < 2.0**-100, np.float32(0), np.float32(127) / largest)
-    return np.rint(value * inverse).astype(np.int8), largest / np.float32(127)
+        inverse = np.where(largest < 2.0**-100, np.float32(0), levels / largest)
+    return _rounded(value * inverse, codes), largest / levels
 
 
-def static_codes(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def static_codes(x: np.ndarray, scale: np.ndarray, codes: Codes = "int8") -> np.ndarray:
     """Codes under one given scale."""
     inverse = np.float32(1) / scale.reshape(()).astype(np.float32)
-    return np.clip(np.rint(x.astype(np.float32) * inverse), -128, 127).astype(np.int8)
+    return _rounded(x.astype(np.float32) * inverse, codes)
+
+
+def _rounded(value: np.ndarray, codes: Codes) -> np.ndarray:
+    rounded: np.ndarray = np.clip(value, -448, 448).astype(np.float32).astype(E4M3)
+    if codes == "int8":
+        rounded = np.clip(np.rint(value), -128, 127).astype(np.int8)
+    return rounded
+
+
+def places(codes: np.ndarray) -> np.ndarray:
+    """Codes as numbers that are one apart where the codes are neighbours."""
+    if codes.dtype == np.int8:
+        return codes.astype(int)
+    bytes_ = codes.view(np.uint8).astype(int)
+    return np.where(bytes_ >= 128, 128 - bytes_, bytes_)
 
 
 def exact_product(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """x · weightᵀ as integers, in float64, which holds every sum there can be."""
+    """x · weightᵀ of codes, in float64, which holds every sum of integers there can be."""
     return x.astype(np.float64) @ weight.astype(np.float64).T
 
 
@@ -133,11 +169,11 @@ def _given(operator: Operator, arrays: Arrays) -> list[Parameter]:
 
 
 def _value(item: Parameter, array: np.ndarray, dtype: str) -> str:
-    element = {"T": "float16", "int8": "int8", "float32": "float"}[item.type]
+    element = {"T": "float16", "float32": "float"}.get(item.type, item.type)
     return f"{element}[{', '.join(f'{item.name}_{i}' for i in range(array.ndim))}] in_{item.name}"
 
 
 def _outside(item: Parameter, dtype: str, operator: Operator) -> str:
     if item.type == "T":
         return "float16" if dtype == "float16" else "float"
-    return {"int8": "int8", "float32": "float"}[item.type]
+    return "float" if item.type == "float32" else item.type

@@ -15,7 +15,7 @@ from qcompile.targets.cuda.tiles import ANY_ROWS, CHOICES
 from qcompile.targets.cuda.variants import ARCHITECTURES, all_variants
 
 from qcompile.errors import ConfigError
-from tests.targets.cuda_graphs import Arrays, library, node_model
+from tests.targets.cuda_graphs import CODES, E4M3, Arrays, library, node_model
 
 ELF_MACHINE_CUDA = 190
 SHARED_PER_BLOCK = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -28,9 +28,11 @@ def test_variants_are_distinct_and_complete() -> None:
         families = {v.family for v in variants if v.architecture == architecture}
         assert {"activation_rows", "norm_rows", "gemm"} <= families
         # Whatever the number of rows, some tile takes it, and one that writes float32.
-        plain = [c for c in CHOICES[architecture] if not c.tile.consumers]
-        for rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 4096, ANY_ROWS):
-            assert any(c.fewest_rows <= rows <= c.most_rows for c in plain), rows
+        assert set(CHOICES[architecture]) == set(CODES if architecture >= 89 else CODES[:1])
+        for choices in CHOICES[architecture].values():
+            plain = [c for c in choices if not c.tile.consumers]
+            for rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 4096, ANY_ROWS):
+                assert any(c.fewest_rows <= rows <= c.most_rows for c in plain), rows
 
 
 def test_every_cubin_is_code_for_its_architecture() -> None:
@@ -55,17 +57,18 @@ def test_library_loads_without_a_driver() -> None:
     assert hasattr(ctypes.CDLL(str(library())), "RegisterCustomOps")
 
 
+@pytest.mark.parametrize(("name", "element"), [("MatMulInt8", np.int8), ("MatMulFp8", E4M3)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_operators_register(dtype: str) -> None:
+def test_operators_register(name: str, element: np.dtype, dtype: str) -> None:
     """A graph resolves: what then fails is that the CPU provider has no kernel."""
     arrays: Arrays = {
-        "x": np.zeros((2, 32), np.int8),
+        "x": np.zeros((2, 32), element),
         "x_scale": np.ones((2, 1), np.float32),
-        "weight": np.zeros((16, 32), np.int8),
+        "weight": np.zeros((16, 32), element),
         "weight_scale": np.ones(16, np.float32),
     }
-    model = node_model("MatMulInt8", arrays, dtype=dtype)
-    with pytest.raises(Exception, match="MatMulInt8") as caught:
+    model = node_model(name, arrays, dtype=dtype)
+    with pytest.raises(Exception, match=name) as caught:
         open_session(model)
     assert "is not a registered function/op" not in str(caught.value)
 

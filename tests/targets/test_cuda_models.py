@@ -59,6 +59,22 @@ def test_compiled_on_the_machine_with_the_gpu(compiled: qcompile.Artifact) -> No
     assert qcompile.load(compiled.path).get_providers()[0] == "CUDAExecutionProvider"
 
 
+def test_planned_from_times_taken_on_the_gpu(
+    tiny_onnx: Path, tiny_opt: Path, tmp_path: Path
+) -> None:
+    """By default, Linears are timed there."""
+    report = qcompile.compile(
+        str(tiny_onnx),
+        target="ort-cuda",
+        scheme="w8a8",
+        calibration=tiny_opt / "calibration.txt",
+        config=qcompile.CompileConfig(samples=8, seq_len=64),
+        output=tmp_path / "planned",
+    ).report
+    assert report.planning is not None
+    assert report.speed and not any("was not measured" in line for line in report.warnings)
+
+
 def test_padding_may_be_anywhere(compiled: qcompile.Artifact) -> None:
     """Packed, both are the same rows, so that tokens get the same bits."""
     session = qcompile.load(compiled.path)

@@ -60,6 +60,8 @@ def lowered(model: ir.Model, label: Label) -> Counter[str]:
         ("float", {"MatMul": COPIES}),
         ("token", {"MatMulInt8": COPIES, "QuantizeInt8": 1}),
         ("static", {"MatMulInt8": COPIES, "QuantizeInt8": 1}),
+        ("fp8", {"MatMulFp8": COPIES, "QuantizeFp8": 1}),
+        ("fp8-static", {"MatMulFp8": COPIES, "QuantizeFp8": 1}),
         ("weight8", {"MatMulNBits": COPIES}),
         ("weight4", {"MatMulNBits": COPIES}),
     ],

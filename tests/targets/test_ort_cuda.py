@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from qcompile.passes.pack_cache import HOSTED
 from qcompile.targets import get_target
 from qcompile.targets.cuda import library
 from qcompile.targets.cuda.schema import DOMAIN
@@ -19,7 +20,10 @@ from qcompile.targets.ort_cuda import OrtCuda
 import qcompile
 from qcompile.artifact import GRAPH, RECORD
 from qcompile.check import check_artifact
+from qcompile.config import Recipe
 from qcompile.errors import ConfigError, ModelError, StandInWarning
+from qcompile.genai import CONFIG as GENAI
+from qcompile.generation import Decoder, generate
 from qcompile.session import open_session
 
 Compile = Callable[[str], qcompile.Artifact]
@@ -59,11 +63,18 @@ def graph_of(artifact: qcompile.Artifact) -> ir.Model:
     return ir.load(artifact.path / GRAPH)
 
 
+def on_cpu(model: ir.Model) -> list[str | None]:
+    """What ONNX Runtime would run on the CPU: ops that compute with a shape, but to fill one."""
+    shapes = [node.outputs[0] for node in model.graph if node.op_type == "Shape"]
+    readers = [user for value in shapes for user in value.consumers()]
+    return [user.name for user in readers if user.op_type != "ConstantOfShape"]
+
+
 def test_float16(compiled: Callable[..., qcompile.Artifact]) -> None:
     artifact = compiled("ort-cuda:sm90", "fp16")
     model = graph_of(artifact)
     kinds = [node.op_type for node in model.graph.all_nodes()]
-    assert "Shape" not in kinds and "If" not in kinds
+    assert "If" not in kinds and on_cpu(model) == []
     assert kinds.count("Reshape") == 1  # before what puts rows back
     assert kinds.count("SkipLayerNormalization") == 8
     assert kinds.count("MultiHeadAttention") == 4
@@ -81,7 +92,7 @@ def test_w8a8_is_as_accurate_as_its_emulation(
     """Against the CPU target's plan of the same scheme, whose floats are float32."""
     artifact = compiled("ort-cuda:sm90", "w8a8", activations=activations)
     nodes = list(graph_of(artifact).graph)
-    assert not {"If", "Shape"} & {node.op_type for node in nodes}
+    assert "If" not in {node.op_type for node in nodes} and on_cpu(graph_of(artifact)) == []
     kinds = [node.op_type for node in nodes if node.domain == DOMAIN]
     assert kinds.count("MatMulInt8") >= 24
     assert kinds.count("LayerNormInt8") >= 8 and kinds.count("ActivationInt8") == 4
@@ -91,6 +102,64 @@ def test_w8a8_is_as_accurate_as_its_emulation(
     kl, limit = artifact.report.accuracy["kl"], emulated.report.accuracy["kl"]
     # Static codes are symmetric here, which wastes half of them after ReLU.
     assert kl < (1.1 if mode == "token" else 4.0) * limit + 1e-4
+
+
+@pytest.mark.parametrize("activations", ["token", "static"])
+def test_fp8(compiled: Callable[..., qcompile.Artifact], activations: str) -> None:
+    artifact = compiled("ort-cuda:sm89", "fp8", activations=activations)
+    model = graph_of(artifact)
+    kinds = [node.op_type for node in model.graph if node.domain == DOMAIN]
+    assert kinds.count("MatMulFp8") >= 24 and kinds.count("QuantizeFp8") == 4
+    assert kinds.count("LayerNormFp8") >= 8 and kinds.count("ActivationFp8") == 4
+    assert not any(kind.endswith("Int8") for kind in kinds)
+    codes = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT8E4M3FN]
+    assert len(codes) == kinds.count("MatMulFp8")
+    label = {"token": "fp8", "static": "fp8-static"}[activations]
+    ops = [op for op in artifact.report.ops if op.precision != "float"]
+    assert {(op.precision, op.saturation_safe) for op in ops} == {("fp8", None)}
+    assert {row["label"] for row in planned(artifact) if row["precision"] == "fp8"} == {label}
+    assert min(op.sqnr_db or 0.0 for op in ops) > 15
+    assert check_artifact(artifact.path)["kernels"] == "as planned, by other means here"
+
+
+def planned(artifact: qcompile.Artifact) -> list[dict[str, Any]]:
+    record = json.loads((artifact.path / RECORD).read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = record["plan"]["ops"]
+    return rows
+
+
+def test_fp8_is_planned_from_the_stored_table(
+    compiled: Callable[..., qcompile.Artifact],
+) -> None:
+    """Against float16 and INT8, whose times and damage are known as well."""
+    report = compiled("ort-cuda:sm90", "fp8", objective="latency", shapes=((8, 64),)).report
+    rows = {row.label: row for op in report.ops[:1] for row in op.candidates}
+    assert {"fp8", "token", "float"} <= rows.keys()
+    assert rows["fp8"].conversion == rows["token"].conversion
+    assert rows["fp8"].bytes == rows["token"].bytes
+    assert 0.0 < rows["token"].damage < rows["fp8"].damage, "eight bits of precision, or four"
+    assert any("stored times" in line for line in report.warnings)
+
+
+def test_a_recipe_mixes_codes(tiny_onnx: Path, tiny_opt: Path, tmp_path: Path) -> None:
+    recipe = {"*.fc1": {"precision": "fp8"}, "*.fc2": {"precision": "fp8", "activations": "static"}}
+    config = qcompile.CompileConfig(
+        samples=4,
+        seq_len=32,
+        objective="scheme",
+        recipe=Recipe.from_mapping(recipe),
+        smooth="off",
+    )
+    artifact = qcompile.compile(
+        str(tiny_onnx),
+        target="ort-cuda:sm90",
+        scheme="w8a8",
+        calibration=tiny_opt / "calibration.txt",
+        config=config,
+        output=tmp_path / "out",
+    )
+    labels = {row["name"].rpartition(".")[2]: row["label"] for row in planned(artifact)}
+    assert (labels["fc1"], labels["fc2"], labels["q_proj"]) == ("fp8", "fp8-static", "token")
 
 
 def test_without_a_gpu_a_stored_table_is_planned_by(
@@ -172,12 +241,63 @@ def test_left_padding_changes_nothing(compiled: Callable[..., qcompile.Artifact]
     np.testing.assert_allclose(found[:, 5:].astype(float), wanted.astype(float), atol=0.05)
 
 
+@pytest.mark.parametrize("scheme", ["fp16", "w8a8", "w4a16"])
+def test_generating(
+    compiled: Callable[..., qcompile.Artifact],
+    compile_cached: Callable[[str], qcompile.Artifact],
+    scheme: str,
+) -> None:
+    """By the bodies and ONNX Runtime's float16 attention on the CPU, as the float model does."""
+    artifact = compiled("ort-cuda:sm90", scheme, cache=True)
+    model = graph_of(artifact)
+    graph = model.graph
+    kinds = [node.op_type for node in graph.all_nodes()]
+    assert kinds.count("GroupQueryAttention") == 4 and "If" not in kinds
+    assert on_cpu(model) == [HOSTED]
+    kept = [v for v in (*graph.inputs, *graph.outputs) if ".0." in str(v.name)]
+    assert len(kept) == 4 and {v.dtype for v in kept} == {ir.DataType.FLOAT16}
+    decoded, whole = artifact.report.decoded["kl"], artifact.report.accuracy["kl"]
+    assert decoded < 2 * whole + 1e-5
+    settings = json.loads((artifact.path / GENAI).read_text(encoding="utf-8"))
+    options = settings["model"]["decoder"]["session_options"]
+    assert options["provider_options"] == [{"cuda": {}}]
+    session = open_session(artifact.path / GRAPH)
+    prompts = [[1, 17, 42, 9], [5, 6], [8, 80, 100, 7, 33, 21]]
+    together = np.stack(list(generate(session, prompts, 16)), axis=1)
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = np.stack(list(generate(session, [prompt], 16)), axis=1)
+        assert alone[0].tolist() == row.tolist()
+    if scheme == "fp16":
+        wanted = list(generate(compile_cached("fp32").session(), prompts, 16))
+        assert together.tolist() == np.stack(wanted, axis=1).tolist()
+
+
+def test_the_last_logits_of_int8(compiled: Callable[..., qcompile.Artifact]) -> None:
+    whole, last = (
+        open_session(compiled("ort-cuda:sm90", "w8a8", cache=True, last_logits=only).path / GRAPH)
+        for only in (False, True)
+    )
+    ids = np.array([[1, 17, 42, 9], [5, 6, 3, 4]])
+    found, wanted = (Decoder(session, 2, 4).step(ids) for session in (last, whole))
+    np.testing.assert_array_equal(found, wanted[:, -1:])
+
+
 @pytest.mark.parametrize(
     ("target", "scheme", "options", "message"),
     [
         ("ort-cuda", "fp16", {}, "there is no GPU .* like ort-cuda:sm90"),
         ("ort-cuda:sm70", "fp16", {}, "no variant 'sm70'"),
         ("ort-cpu", "fp16", {}, "target ort-cpu has no scheme fp16"),
+        ("ort-cpu", "fp8", {}, "target ort-cpu has no scheme fp8"),
+        ("ort-cuda:sm80", "fp8", {}, "sm80 has no tensor cores for e4m3; sm89 and sm90 have"),
+        ("ort-cuda:sm80", "w8a8", {"recipe": {"*": "fp8"}}, "ort-cuda has no kernel for fp8"),
+        ("ort-cpu", "w8a8", {"recipe": {"*": "fp8"}}, "ort-cpu has no kernel for fp8"),
+        (
+            "ort-cuda:sm90",
+            "fp8",
+            {"activations": "static", "ranges": "mse"},
+            "ranges mse are for codes at even distances",
+        ),
         ("ort-cuda:sm80", "w8a8", {"max_kl": 0.1}, "max_kl wants measured times"),
         (
             "ort-cuda:sm89",
@@ -236,7 +356,7 @@ def test_the_packages_own_library_comes_first(
     runtime = OrtCuda().runtime(tmp_path, carrying, trust_library=True)
     assert runtime.library == own
     assert runtime.providers == ("CUDAExecutionProvider",)
-    assert runtime.entries["session.disable_cpu_ep_fallback"] == "1"
+    assert runtime.hosted == frozenset({HOSTED})
 
 
 @pytest.mark.parametrize("key", ["operators", "version"])

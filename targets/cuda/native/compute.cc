@@ -59,8 +59,8 @@ void* scale_output(OrtKernelContext* context, std::size_t index, const Tensor& s
 
 class Activate : public Node {
  public:
-  Activate(int type, Activation kind, bool packed, bool has_up)
-      : type_(type), kind_(kind), packed_(packed), has_up_(has_up) {}
+  Activate(int type, bool fp8, Activation kind, bool packed, bool has_up)
+      : type_(type), fp8_(fp8), kind_(kind), packed_(packed), has_up_(has_up) {}
 
   void compute(OrtKernelContext* context, void* stream) const override {
     const Tensor x = input(context, 0);
@@ -77,6 +77,7 @@ class Activate : public Node {
     const int bytes = 2;
     ActivationRows work{};
     work.type = type_;
+    work.fp8 = fp8_;
     work.rows = columns == 0 ? 0 : x.count() / x.last();
     work.columns = columns;
     work.x_stride = x.last();
@@ -92,6 +93,7 @@ class Activate : public Node {
 
  private:
   int type_;
+  bool fp8_;
   Activation kind_;
   bool packed_;
   bool has_up_;
@@ -99,10 +101,11 @@ class Activate : public Node {
 
 class Normalize : public Node {
  public:
-  Normalize(int type, bool rms, float epsilon) : type_(type), rms_(rms), epsilon_(epsilon) {}
+  Normalize(int type, bool fp8, bool rms, float epsilon)
+      : type_(type), fp8_(fp8), rms_(rms), epsilon_(epsilon) {}
 
   void compute(OrtKernelContext* context, void* stream) const override {
-    const std::size_t shift = rms_ ? 0 : 1;  // RMSNormInt8 has no bias
+    const std::size_t shift = rms_ ? 0 : 1;  // RMSNorm has no bias
     const Tensor x = input(context, 0);
     const Tensor weight = input(context, 1);
     const Tensor bias = rms_ ? Tensor{} : input(context, 2);
@@ -115,6 +118,7 @@ class Normalize : public Node {
     require_shape(residual, x.shape, "residual");
     NormRows work{};
     work.type = type_;
+    work.fp8 = fp8_;
     work.rows = x.last() == 0 ? 0 : x.count() / x.last();
     work.columns = x.last();
     work.epsilon = epsilon_;
@@ -132,13 +136,14 @@ class Normalize : public Node {
 
  private:
   int type_;
+  bool fp8_;
   bool rms_;
   float epsilon_;
 };
 
 class Multiply : public Node {
  public:
-  explicit Multiply(int type) : type_(type) {}
+  Multiply(int type, bool fp8) : type_(type), fp8_(fp8) {}
 
   void compute(OrtKernelContext* context, void* stream) const override {
     const Tensor x = input(context, 0);
@@ -156,6 +161,7 @@ class Multiply : public Node {
     require_shape(bias, {n}, "bias");
     Gemm work{};
     work.type = type_;
+    work.fp8 = fp8_;
     work.m = x.last() == 0 ? 0 : x.count() / x.last();
     work.n = n;
     work.k = x.last();
@@ -174,6 +180,7 @@ class Multiply : public Node {
 
  private:
   int type_;
+  bool fp8_;
 };
 
 Activation activation(const std::string& kind) {
@@ -189,20 +196,21 @@ Activation activation(const std::string& kind) {
 
 std::unique_ptr<Node> make_node(const Definition& definition, int type,
                                 const OrtKernelInfo* info) {
-  const std::string name = definition.name;
-  if (name == "QuantizeInt8") {
-    return std::make_unique<Activate>(type, Activation::kNone, false, false);
+  const std::string kind = definition.kind;
+  const bool fp8 = definition.fp8;
+  if (kind == "Quantize") {
+    return std::make_unique<Activate>(type, fp8, Activation::kNone, false, false);
   }
-  if (name == "ActivationInt8") {
-    return std::make_unique<Activate>(type, activation(string_attribute(info, "kind")),
+  if (kind == "Activation") {
+    return std::make_unique<Activate>(type, fp8, activation(string_attribute(info, "kind")),
                                       int_attribute(info, "packed") != 0, true);
   }
-  if (name == "LayerNormInt8" || name == "RMSNormInt8") {
-    return std::make_unique<Normalize>(type, name == "RMSNormInt8",
+  if (kind == "LayerNorm" || kind == "RMSNorm") {
+    return std::make_unique<Normalize>(type, fp8, kind == "RMSNorm",
                                        float_attribute(info, "epsilon"));
   }
-  if (name == "MatMulInt8") {
-    return std::make_unique<Multiply>(type);
+  if (kind == "MatMul") {
+    return std::make_unique<Multiply>(type, fp8);
   }
   refuse("not an operator of this library");
 }

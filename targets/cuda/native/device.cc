@@ -73,6 +73,7 @@ std::unique_ptr<Device> load() {
             "giving a CUDA kernel its shared memory");
     }
     loaded->kernels.push_back({&image, function});
+    loaded->fp8 = loaded->fp8 || image.fp8;
   }
   return loaded;
 }
@@ -111,14 +112,15 @@ const Kernel& Device::over_rows(Family family, int type, std::int64_t columns) c
   return *best;
 }
 
-const Kernel& Device::gemm(std::int64_t m, std::int64_t n, std::int64_t k, bool float32) const {
+const Kernel& Device::gemm(std::int64_t m, std::int64_t n, std::int64_t k, bool wants_fp8,
+                           bool float32) const {
   const Kernel* best = nullptr;
   float least = std::numeric_limits<float>::infinity();
   for (const Kernel& kernel : kernels) {
     const Image& image = *kernel.image;
     const bool fits = image.family == Family::kGemm ||
                       (image.family == Family::kGemmHopper && !float32);
-    if (!fits || m < image.fewest_rows || m > image.most_rows) {
+    if (!fits || image.fp8 != wants_fp8 || m < image.fewest_rows || m > image.most_rows) {
       continue;
     }
     const float expected = cost(image, multiprocessors, m, n, k);

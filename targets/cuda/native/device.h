@@ -16,6 +16,7 @@ struct Kernel {
 
 struct Device {
   int multiprocessors;
+  bool fp8;  // whether there are kernels for e4m3
   std::vector<Kernel> kernels;
 
   // The kernel over rows that holds `columns` columns of an ONNX element type. Throws where a row
@@ -23,7 +24,7 @@ struct Device {
   const Kernel& over_rows(Family family, int type, std::int64_t columns) const;
 
   // The GEMM whose tile is expected to be fastest. Kernels that write float32 are few.
-  const Kernel& gemm(std::int64_t m, std::int64_t n, std::int64_t k, bool float32) const;
+  const Kernel& gemm(std::int64_t m, std::int64_t n, std::int64_t k, bool fp8, bool float32) const;
 };
 
 // Of the calling thread's current context. Loads every kernel that its GPU can run, the first time:

@@ -25,6 +25,7 @@ struct Image {
   Family family;
   int architecture;  // compute capability, major and minor digit
   int type;          // ONNX element type, for kernels over rows
+  bool fp8;          // whether a GEMM's codes are e4m3; kernels over rows write either
   int block;         // columns of a row that a kernel over rows holds
   int rows;          // of a GEMM's tile, all consumers together
   int columns;

@@ -29,6 +29,10 @@ void require_aligned(std::initializer_list<const void*> pointers) {
   }
 }
 
+void require_fp8(const Device& here, bool wanted) {
+  require(!wanted || here.fp8, "this GPU has no FP8: compute capability 8.9 or 9.0 has");
+}
+
 void run(const Kernel& kernel, std::int64_t blocks, CudaStream stream, void** arguments) {
   require(blocks <= std::numeric_limits<std::int32_t>::max(), "too many rows for one launch");
   check(driver().launch(kernel.function, static_cast<unsigned>(blocks), 1, 1,
@@ -70,21 +74,24 @@ void launch(const ActivationRows& work, CudaStream stream) {
   require(work.columns % kMultiple == 0 && work.x_stride % kMultiple == 0,
           "rows of " + std::to_string(work.columns) + " columns, no multiple of 16");
   require_aligned({work.x, work.up, work.codes});
-  const Kernel& kernel = device().over_rows(Family::kActivationRows, work.type, work.columns);
+  const Device& here = device();
+  require_fp8(here, work.fp8);
+  const Kernel& kernel = here.over_rows(Family::kActivationRows, work.type, work.columns);
   auto columns = static_cast<std::int32_t>(work.columns);
   std::int64_t x_stride = work.x_stride;
   std::int64_t up_stride = work.up_stride;
   auto kind = static_cast<std::int32_t>(work.kind);
   std::int32_t has_up = work.up != nullptr;
   std::int32_t is_static = work.static_scale != nullptr;
+  std::int32_t is_fp8 = work.fp8;
   const void* x = work.x;
   const void* up = work.up;
   const void* static_scale = work.static_scale;
   void* codes = work.codes;
   void* scale = work.scale;
   void* scratch = nullptr;
-  void* arguments[] = {&x,         &up,   &static_scale, &codes,     &scale,   &columns, &x_stride,
-                       &up_stride, &kind, &has_up,       &is_static, &scratch, &scratch};
+  void* arguments[] = {&x,         &up,   &static_scale, &codes,     &scale,  &columns, &x_stride,
+                       &up_stride, &kind, &has_up,       &is_static, &is_fp8, &scratch, &scratch};
   run(kernel, work.rows, stream, arguments);
 }
 
@@ -95,7 +102,9 @@ void launch(const NormRows& work, CudaStream stream) {
   require(work.columns % kMultiple == 0,
           "rows of " + std::to_string(work.columns) + " columns, no multiple of 16");
   require_aligned({work.x, work.residual, work.weight, work.bias, work.codes, work.sum});
-  const Kernel& kernel = device().over_rows(Family::kNormRows, work.type, work.columns);
+  const Device& here = device();
+  require_fp8(here, work.fp8);
+  const Kernel& kernel = here.over_rows(Family::kNormRows, work.type, work.columns);
   auto columns = static_cast<std::int32_t>(work.columns);
   float epsilon = work.epsilon;
   std::int32_t is_rms = work.rms;
@@ -103,6 +112,7 @@ void launch(const NormRows& work, CudaStream stream) {
   std::int32_t has_bias = work.bias != nullptr;
   std::int32_t has_sum = work.sum != nullptr;
   std::int32_t is_static = work.static_scale != nullptr;
+  std::int32_t is_fp8 = work.fp8;
   const void* x = work.x;
   const void* residual = work.residual;
   const void* weight = work.weight;
@@ -112,9 +122,9 @@ void launch(const NormRows& work, CudaStream stream) {
   void* scale = work.scale;
   void* sum = work.sum;
   void* scratch = nullptr;
-  void* arguments[] = {&x,       &residual, &weight,       &bias,     &static_scale, &codes,
-                       &scale,   &sum,      &columns,      &epsilon,  &is_rms,       &has_residual,
-                       &has_bias, &has_sum, &is_static,    &scratch,  &scratch};
+  void* arguments[] = {&x,        &residual, &weight,    &bias,    &static_scale, &codes,
+                       &scale,    &sum,      &columns,   &epsilon, &is_rms,       &has_residual,
+                       &has_bias, &has_sum,  &is_static, &is_fp8,  &scratch,      &scratch};
   run(kernel, work.rows, stream, arguments);
 }
 
@@ -131,7 +141,8 @@ void launch(const Gemm& work, CudaStream stream) {
   require_aligned({work.a, work.b, work.out, work.b_scale, work.bias});
   const bool float32 = work.type != kFloat16 && work.type != kBfloat16;
   const Device& here = device();
-  const Kernel& kernel = here.gemm(work.m, work.n, work.k, float32);
+  require_fp8(here, work.fp8);
+  const Kernel& kernel = here.gemm(work.m, work.n, work.k, work.fp8, float32);
   const Image& image = *kernel.image;
   const std::int64_t tiles = ((work.m + image.rows - 1) / image.rows) *
                              ((work.n + image.columns - 1) / image.columns);

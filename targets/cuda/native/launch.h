@@ -13,6 +13,7 @@ enum class Activation : std::int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
 // float32.
 struct ActivationRows {
   int type;
+  bool fp8;  // codes are e4m3, not int8
   std::int64_t rows;
   std::int64_t columns;
   std::int64_t x_stride;
@@ -27,6 +28,7 @@ struct ActivationRows {
 
 struct NormRows {
   int type;
+  bool fp8;
   std::int64_t rows;
   std::int64_t columns;
   float epsilon;
@@ -43,6 +45,7 @@ struct NormRows {
 
 struct Gemm {
   int type;  // of the result
+  bool fp8;
   std::int64_t m;
   std::int64_t n;
   std::int64_t k;

@@ -26,6 +26,8 @@ struct Op : OrtCustomOp {
     switch (parameter.type) {
       case Type::kInt8:
         return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+      case Type::kFp8:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN;
       case Type::kFloat32:
         return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
       case Type::kT:

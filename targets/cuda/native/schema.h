@@ -3,7 +3,7 @@
 
 namespace qcompile {
 
-enum class Type { kT, kInt8, kFloat32 };
+enum class Type { kT, kInt8, kFp8, kFloat32 };
 
 struct Parameter {
   const char* name;
@@ -13,6 +13,8 @@ struct Parameter {
 
 struct Definition {
   const char* name;
+  const char* kind;  // the name without the type of the codes
+  bool fp8;          // codes are e4m3, not int8
   const Parameter* inputs;
   int input_count;
   const Parameter* outputs;

@@ -82,7 +82,7 @@ void infer(const Definition& definition, OrtShapeInferContext* context) {
     }
     return;
   }
-  if (definition.name == std::string("ActivationInt8") && attribute(context, "packed") != 0) {
+  if (definition.kind == std::string("Activation") && attribute(context, "packed") != 0) {
     shape.back().symbol.clear();
     shape.back().size = shape.back().size > 0 ? shape.back().size / 2 : -1;
   }
@@ -92,6 +92,9 @@ void infer(const Definition& definition, OrtShapeInferContext* context) {
     switch (definition.outputs[i].type) {
       case Type::kInt8:
         set(context, i, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, shape);
+        break;
+      case Type::kFp8:
+        set(context, i, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN, shape);
         break;
       case Type::kFloat32:
         set(context, i, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, column);

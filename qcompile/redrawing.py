@@ -1,0 +1,67 @@
+"""`qcompile report`: pages of artifacts that are there already."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from qcompile.artifact import PAGE, REPORT, read_record, sha256, write_record
+from qcompile.errors import ConfigError, ModelError, OutputError
+from qcompile.page import comparison, page
+from qcompile.ranges import RANGES, Ranges
+from qcompile.report import Report, read_json
+from qcompile.svg import COLORS
+
+
+def draw_again(folder: Path) -> Path:
+    """Write the page of the artifact `folder` again, and its hash into the record.
+
+    Raises:
+        ModelError: no artifact, or one that is damaged.
+    """
+    record = read_record(folder)
+    path = folder / PAGE
+    partial = folder / f".{PAGE}"
+    try:
+        partial.write_text(page(*_read(folder)), encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    record["sha256"][PAGE] = sha256(path)
+    write_record(folder, record)
+    return path
+
+
+def draw_to(output: Path, folders: Sequence[Path]) -> None:
+    """Write the page of one artifact, or the comparison of several, to `output`.
+
+    Raises:
+        ModelError: no artifact, or one that is damaged.
+        OutputError: `output` is no HTML file.
+        ConfigError: more artifacts than there are colours.
+    """
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"{output} does not end in .html, and is not written")
+    if len(folders) > COLORS:
+        raise ConfigError(f"{len(folders)} artifacts are too many to compare: {COLORS} at most")
+    kept = [_read(folder) for folder in folders]
+    if len(kept) == 1:
+        text = page(*kept[0])
+    else:
+        names = [folder.resolve().name for folder in folders]
+        if len({*names}) < len(names):
+            names = [str(folder) for folder in folders]
+        text = comparison([(n, report) for n, (report, _) in zip(names, kept, strict=True)])
+    output.write_text(text, encoding="utf-8")
+
+
+def _read(folder: Path) -> tuple[Report, Ranges]:
+    """What a page shows, as it was when the artifact was made."""
+    hashes = read_record(folder)["sha256"]
+    report = Report.read(folder)
+    ranges = read_json(Ranges, folder / RANGES) if RANGES in hashes else Ranges()
+    for name in (REPORT, RANGES):
+        if name in hashes and sha256(folder / name) != hashes[name]:
+            raise ModelError(f"{folder / name} was changed since the artifact was made")
+    return report, ranges

@@ -1,0 +1,90 @@
+"""PEFT adapters: added to the weights, or kept beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import qcompile
+from qcompile.errors import ConfigError, ModelError
+from qcompile.frontend.adapter import add_adapter
+from tests.checkpoints import packers
+from tests.checkpoints.shipped import shipped_weights
+
+peft = pytest.importorskip("peft", reason="what makes adapters")
+
+# PEFT still asks for what Transformers calls otherwise now.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+
+NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
+
+
+def tiny() -> Any:
+    return packers.tiny_llama(num_hidden_layers=1)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """LoRA of rank 4 on q and v, its second factor not zero."""
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(tiny(), settings)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_merged_it_is_part_of_the_weights(adapter: Path) -> None:
+    wanted = peft.PeftModel.from_pretrained(tiny(), adapter)
+    tokens = torch.arange(12).reshape(2, 6)
+    merged, _ = add_adapter(tiny(), None, adapter, "merge")
+    torch.testing.assert_close(merged(tokens).logits, wanted(tokens).logits, rtol=0, atol=1e-5)
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    assert not torch.equal(merged(tokens).logits, tiny()(tokens).logits)
+
+
+def test_kept_beside_codes(adapter: Path, tmp_path: Path) -> None:
+    packed = packers.gptq(tmp_path / "model", tiny())
+    with pytest.raises(ModelError, match="cannot be merged into weights that are codes"):
+        qcompile.compile(
+            packed.path, config=qcompile.CompileConfig(adapter=adapter), output=tmp_path / "out"
+        )
+    config = qcompile.CompileConfig(
+        adapter=adapter, adapter_mode="keep", samples=4, seq_len=16, strict=False
+    )
+    artifact = qcompile.compile(packed.path, config=config, output=tmp_path / "out")
+    shipped = shipped_weights(artifact.path)
+    for name, weight in packed.weights.items():
+        inner = f"{name}.base_layer" if name in NAMES else name
+        np.testing.assert_array_equal(shipped[inner], weight)
+    floats = {op.name for op in artifact.report.ops if op.precision == "float"}
+    factors = {f"{name}.lora_{half}.default" for name in NAMES for half in "AB"}
+    assert floats == {*factors, "lm_head"}
+
+
+def test_what_is_no_adapter(adapter: Path, tmp_path: Path, tiny_onnx: Path) -> None:
+    with pytest.raises(ModelError, match="is no adapter"):
+        add_adapter(tiny(), None, tmp_path, "merge")
+    (adapter / "adapter_model.safetensors").write_bytes(b"no")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        add_adapter(tiny(), None, adapter, "merge")
+    config = qcompile.CompileConfig(adapter=adapter)
+    with pytest.raises(ConfigError, match="an adapter is for a Transformers model"):
+        qcompile.compile(tiny_onnx, config=config, output=tmp_path / "out")
+    with pytest.raises(ConfigError, match="there is no adapter to keep"):
+        qcompile.CompileConfig(adapter_mode="keep")
+
+
+def test_an_adapter_of_another_model(adapter: Path) -> None:
+    path = adapter / "adapter_config.json"
+    settings = json.loads(path.read_text()) | {"target_modules": ["q_proj", "o_proj"]}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        add_adapter(tiny(), None, adapter, "merge")
