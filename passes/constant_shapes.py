@@ -13,8 +13,8 @@ class ConstantShapes(ir.passes.InPlacePass):
     """``Reshape(x, Concat(Shape(...), ...))`` -> ``Reshape(x, [0, 0, heads, D])``.
 
     0 keeps a dimension of x: of the same name in x and in the result, at the same place. Left as it
-    is where another dimension is not known. What computes a shape is of a few numbers, and ONNX
-    Runtime would run it on the CPU.
+    is where another dimension is not known, or is none: an axis of length 0 cannot be said so. What
+    computes a shape is of a few numbers, and ONNX Runtime would run it on the CPU.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -36,7 +36,7 @@ def _known(reshape: ir.Node) -> list[int] | None:
         return None
     kept = [before[: len(after)][at : at + 1] == [dim] for at, dim in enumerate(after)]
     if any(
-        dim is None or not (isinstance(dim, int) or keep)
+        dim in (None, 0) or not (isinstance(dim, int) or keep)
         for dim, keep in zip(after, kept, strict=True)
     ):
         return None

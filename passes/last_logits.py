@@ -11,7 +11,7 @@ from qcompile.passes.constants import constant
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.integer_matmul import KERNEL as INTEGER
 from qcompile.passes.matching import made_by
-from qcompile.passes.pack_tokens import negative
+from qcompile.passes.pack_tokens import name_places, negative
 from qcompile.passes.symbolic_shapes import dims_of
 from qcompile.passes.weight_only import KERNEL as NBITS
 from qcompile.targets.cuda.schema import DOMAIN
@@ -131,16 +131,15 @@ def _gather(graph: ir.Graph, node: ir.Node, mask: ir.Value, tokens: ir.Value) ->
     # No shape is computed with: ONNX Runtime would do that on the CPU.
     minus = negative(tape, tokens)
     newest = tape.op("CumSum", [minus, axis], {"reverse": 1})
-    known = tape.op("Cast", [mask], {"to": int(ir.DataType.INT32)})
+    real = tape.op("Cast", [mask], {"to": int(ir.DataType.BOOL)})
+    known = tape.op("Cast", [real], {"to": int(ir.DataType.INT32)})
     kept = tape.op("GatherElements", [known, newest], {"axis": 1})
     places = tape.op("Mul", [kept, tape.op("CumSum", [minus, axis])])
     least = tape.op("ReduceMin", [places, axes], {"keepdims": 0})
     at_last = tape.op("Sub", [minus_one, least])
     index = tape.op("Cast", [at_last], {"to": int(ir.DataType.INT64)})
     last = tape.op("GatherND", [value, tape.op("Unsqueeze", [index, inner])], {"batch_dims": 1})
-    for at_node, made in enumerate(tape.nodes):
-        made.name = f"last/{at_node}"
-        made.outputs[0].name = f"{made.name}/{made.op_type}"
+    name_places(tape.nodes, "last")
     dims = dims_of(value)
     last.type = value.type
     last.shape = ir.Shape([dims[0], 1, *dims[2:]]) if dims else None

@@ -42,7 +42,8 @@ class PackCache(ir.passes.InPlacePass):
     the GPU instead, ONNX Runtime 1.31.1 reads it before its own copy of it has arrived.
 
     Raises:
-        ModelError: an output that is not made for each token.
+        ModelError: an output that is not made for each token, no input that is, or layers that
+            take another padding each.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -55,7 +56,9 @@ class PackCache(ir.passes.InPlacePass):
         for value in graph.outputs:
             if value not in present and (dims_of(value) or [])[:2] != rows:
                 raise ModelError(f"padding cannot be sorted: {value.name} is not of each token")
-        tokens = next(v for v in graph.inputs if v is not padding and dims_of(v) == rows)
+        tokens = next((v for v in graph.inputs if v is not padding and dims_of(v) == rows), None)
+        if tokens is None or any(_padding(node) is not padding for node in found):
+            raise ModelError("padding cannot be sorted: layers or inputs do not share one mask")
         host, tape = ir.tape.Tape(), ir.tape.Tape()
         columns = host.op("Shape", [padding], {"start": 1, "end": 2})
         length = host.op("Cast", [columns], {"to": int(_INT32)})

@@ -173,6 +173,20 @@ def negative(tape: ir.tape.Tape, value: ir.Value) -> ir.Value:
     return tape.op("ConstantOfShape", [shape], {"value": ir.tensor(np.array([-1], np.int32))})
 
 
+def name_places(nodes: Sequence[ir.Node], prefix: str) -> None:
+    """Name `nodes`, which compute places of tokens, and what they make; and give it its type."""
+    for at, node in enumerate(nodes):
+        node.name = f"{prefix}/{at}"
+        made, source = node.outputs[0], node.inputs[1 if node.op_type == "Where" else 0]
+        made.name = f"{node.name}/{node.op_type}"
+        if made.dtype is None:
+            given = {"Shape": _INT64, "ConstantOfShape": _INT32}.get(node.op_type)
+            if given is None:
+                assert source is not None and source.dtype is not None, node.op_type
+                given = source.dtype
+            made.dtype = ir.DataType(node.attributes.get_int("to", int(given)))
+
+
 def sort_tokens(
     graph: ir.Graph,
     tape: ir.tape.Tape,
@@ -215,13 +229,7 @@ def sort_tokens(
     )
     source = tape.op("Sub", [front, first])
     nodes = list(tape.nodes)
-    for at, node in enumerate(nodes):
-        node.name = f"{padding.name}/pack/{at}"
-        made = node.outputs[0]
-        made.name = f"{node.name}/{node.op_type}"
-        if made.dtype is None:
-            given = _INT64 if node.op_type == "Shape" else _INT32
-            made.dtype = ir.DataType(node.attributes.get_int("to", int(given)))
+    name_places(nodes, f"{padding.name}/pack")
     graph.insert_before(graph[0], nodes)
     results = [v for v in graph.outputs if (dims_of(v) or [])[:2] == list(rows)]
     for value in dict.fromkeys(map(_narrowest, results)):

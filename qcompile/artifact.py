@@ -119,7 +119,7 @@ def complete(
         )
         (folder / GENAI).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     if config.last_logits and "attention_mask" in feed:
-        # The last token of the sample must not be padding.
+        # The reference gives logits of every column, and the last of them are what is compared.
         real = feed["attention_mask"][0] != 0
         feed = {name: value[:1, real] for name, value in feed.items()}
     _write_sample(folder, model.kind, feed, reference, target.runtime())

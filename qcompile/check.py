@@ -61,7 +61,7 @@ def check_artifact(folder: Path, *, trust_library: bool = False) -> dict[str, An
     if problems:
         raise VerificationError(f"{folder}: " + "; ".join(problems))
     return {
-        "int8 ops": len(planned),
+        "quantised ops": len(planned),
         "kernels": "as planned" if target.runs_here else "as planned, by other means here",
         "int8 kernel saturates here": saturates,
         **{name: round(value, 6) for name, value in now.items()},

@@ -50,8 +50,8 @@ def joined_name(names: Sequence[str]) -> str:
 
 
 def apart(name: str) -> list[str]:
-    """The names of the nodes that the node `name` stands for."""
-    return name.split(_BESIDE)
+    """The names that the node `name` stands for: its own, and those of what was joined in it."""
+    return list(dict.fromkeys([name, *name.split(_BESIDE)]))
 
 
 def join_paths(paths: list[str]) -> str:

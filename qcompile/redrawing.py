@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from qcompile.artifact import PAGE, REPORT, read_record, sha256, write_record
+from qcompile.artifact import PAGE, RECORD, REPORT, read_record, sha256, write_record
 from qcompile.errors import ConfigError, ModelError, OutputError
 from qcompile.page import comparison, page
 from qcompile.ranges import RANGES, Ranges
@@ -38,11 +38,16 @@ def draw_to(output: Path, folders: Sequence[Path]) -> None:
 
     Raises:
         ModelError: no artifact, or one that is damaged.
-        OutputError: `output` is no HTML file.
+        OutputError: `output` is no HTML file, or lies in an artifact, whose files are recorded.
         ConfigError: more artifacts than there are colours.
     """
     if output.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{output} does not end in .html, and is not written")
+    if (output.parent / RECORD).exists():
+        raise OutputError(
+            f"{output.parent} is an artifact, and {output.name} is not written into it",
+            hint="leave -o out to draw an artifact's own page again",
+        )
     if len(folders) > COLORS:
         raise ConfigError(f"{len(folders)} artifacts are too many to compare: {COLORS} at most")
     kept = [_read(folder) for folder in folders]

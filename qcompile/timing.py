@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
-from qcompile.cache import after, bind_shared, fed, is_past, is_present
+from qcompile.cache import MASK, after, bind_shared, fed, is_past, is_present
 from qcompile.session import device_of
 
 
@@ -79,7 +78,7 @@ def bound(session: ort.InferenceSession, feed: Mapping[str, Any], device: str) -
         if not is_present(output.name):
             binding.bind_output(output.name, device)
     if any(map(is_past, feed)):
-        batch, tokens = np.shape(feed["attention_mask"])
+        batch, tokens = placed(feed[MASK], "cpu").shape()
         bind_shared(session, binding, batch, tokens, device)
     return lambda: session.run_with_iobinding(binding)
 

@@ -56,7 +56,7 @@ def refused(folder: Path) -> str:
 
 def test_a_sound_artifact(compiled_tiny: qcompile.Artifact, artifact_copy: Path) -> None:
     found = check_artifact(artifact_copy)
-    assert found["int8 ops"] == compiled_tiny.report.ops_by_precision["int8"]
+    assert found["quantised ops"] == compiled_tiny.report.ops_by_precision["int8"]
     assert found["kernels"] == "as planned"
     assert found["int8 kernel saturates here"] is host_saturates()
     assert 0.0 <= found["kl"] < 0.05
@@ -65,7 +65,7 @@ def test_a_sound_artifact(compiled_tiny: qcompile.Artifact, artifact_copy: Path)
 
 def test_a_float_artifact(float_tiny: qcompile.Artifact) -> None:
     found = check_artifact(float_tiny.path)
-    assert found["int8 ops"] == 0
+    assert found["quantised ops"] == 0
     assert found["kl"] == pytest.approx(0.0, abs=1e-6)
 
 

@@ -169,7 +169,7 @@ def test_check(run_cli: RunCli, compiled_tiny: qcompile.Artifact, artifact_copy:
     assert (outcome.status, outcome.stderr) == (0, "")
     assert "sound on this machine" in outcome.stdout
     found = json.loads(run_cli("check", compiled_tiny.path, "--json").stdout)
-    assert found["int8 ops"] == compiled_tiny.report.ops_by_precision["int8"]
+    assert found["quantised ops"] == compiled_tiny.report.ops_by_precision["int8"]
     (artifact_copy / "config.json").write_text("{}")
     assert "config.json is missing or changed" in run_cli("check", artifact_copy).error
 

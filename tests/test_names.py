@@ -5,7 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from qcompile.names import MODULE_PATH_KEY, join_paths, module_path, set_module_path
+from qcompile.names import (
+    MODULE_PATH_KEY,
+    apart,
+    join_paths,
+    joined_name,
+    module_path,
+    set_module_path,
+)
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -81,3 +88,8 @@ def test_an_op_outside_every_module_still_has_a_name(name: str) -> None:
 )
 def test_joined_paths(paths: list[str], expected: str) -> None:
     assert join_paths(paths) == expected
+
+
+def test_a_joined_name_stands_for_all_and_for_itself() -> None:
+    assert apart(joined_name(["a.q", "a.k"])) == ["a.q + a.k", "a.q", "a.k"]
+    assert "fc1 + relu" in apart("fc1 + relu"), "the source's own names may look like it"

@@ -46,6 +46,14 @@ def test_a_page_elsewhere(run_cli: RunCli, compiled_tiny: qcompile.Artifact) -> 
     assert Path("page.html").read_bytes() == (compiled_tiny.path / PAGE).read_bytes()
 
 
+def test_no_page_is_put_into_an_artifact(
+    run_cli: RunCli, compiled_tiny: qcompile.Artifact, artifact_copy: Path
+) -> None:
+    outcome = run_cli("report", compiled_tiny.path, artifact_copy, "-o", artifact_copy / PAGE)
+    assert "is an artifact" in outcome.error
+    assert damaged_files(artifact_copy, read_record(artifact_copy)) == []
+
+
 def test_several(
     run_cli: RunCli, compiled_tiny: qcompile.Artifact, float_tiny: qcompile.Artifact
 ) -> None:

@@ -51,6 +51,9 @@ def test_rewrite(allowzero: str) -> None:
             (None, 8),
             id="dimensions that become one",
         ),
+        pytest.param(
+            f"{SPLIT} y = Reshape <allowzero = 1> (x, size)", ("B", 0, 4, 8), id="an axis of none"
+        ),
     ],
 )
 def test_other_shapes_stay(body: str, dims: tuple[str | int | None, ...]) -> None:

@@ -42,7 +42,8 @@ CONSTANTS = {
 TOKENS = "int64[B,S] input_ids, int64[B,T] attention_mask"
 INPUTS = f"float[B,S,8] a, float[B,S,8] b, {DECLARED}"
 KEPT = """k = Shape (input_ids) minus = ConstantOfShape <value = int32[1] {-1}> (k)
-    newest = CumSum <reverse = 1> (minus, axis) known = Cast <to = 6> (attention_mask)
+    newest = CumSum <reverse = 1> (minus, axis)
+    is = Cast <to = 9> (attention_mask) known = Cast <to = 6> (is)
     kept = GatherElements <axis = 1> (known, newest)
     places = CumSum (minus, axis) real = Mul (kept, places)
     least = ReduceMin <keepdims = 0> (real, axes) at = Sub (minus_one, least)
@@ -53,6 +54,7 @@ MASKS = {
     "left": ([[0, 0, 1], [1, 1, 1]], [2, 2]),
     "right": ([[1, 0, 0], [1, 1, 0]], [0, 1]),
     "all of a row": ([[0, 0, 0], [1, 1, 1]], [2, 2]),
+    "ones that are not one": ([[2, 2, 0], [0, 3, 3]], [1, 2]),
     "after a cache": ([[1, 0, 1, 1, 0], [1, 1, 1, 0, 0]], [1, 0]),
 }
 
