@@ -6,6 +6,7 @@ from typing import Final
 
 import numpy as np
 import onnx_ir as ir
+from qcompile.passes.bnb4 import KERNEL as BNB4
 from qcompile.passes.constants import constant
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.integer_matmul import KERNEL as INTEGER
@@ -22,7 +23,7 @@ _EACH_TOKEN: Final = frozenset(
     {
         *(("", op) for op in ("Add", "Cast", "Div", "MatMul", "Mul", "QuantizeLinear", "Tanh")),
         *(("", op) for op in ("LayerNormalization", "RMSNormalization")),
-        *((CONTRIB, op) for op in (INTEGER, NBITS)),
+        *((CONTRIB, op) for op in (INTEGER, NBITS, BNB4)),
     }
 )
 """Ops that give a token's output from that token alone, where all inputs but one are constant."""

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused, shared_constant
 from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, E4M3, QUANTIZE, per_token_functions
+from qcompile.passes.table_codes import NAME, table_function
 
 from qcompile.e4m3 import E4M3 as CODES
 from qcompile.linears import Linear, find_linears
@@ -23,15 +24,15 @@ class Quantize(ir.passes.InPlacePass):
     3. token: ``x -> qcompile.QuantizePerToken -> qcompile.DequantizePerToken``, model-local
        functions with bodies in standard ops, of which e4m3 has an overload
 
-    and each planned MatMul reads ``DequantizeLinear(codes, scale, axis=1)`` for its weight, or
-    ``DequantizeLinear(codes, scale, axis=0, block_size)`` where its scales are per block, with zero
-    points where it has some; an op of weight-only precision goes on reading x, its channels
-    gathered in the order of the codes where that is another, and the sum of a block's activations
-    times the block's offset is added where it has one. Outlier channels that are split are
-    gathered as often as they are copied, shifted, quantised by a coarser scale and appended. The
-    result is a valid ONNX model that any runtime computes; a target replaces it by kernels. (ONNX
-    Runtime 1.31 takes static e4m3 with graph optimisations off only: they would make an integer
-    kernel of it.)
+    and each planned MatMul reads ``DequantizeLinear(codes, scale, axis=1)`` for its weight,
+    ``DequantizeLinear(codes, scale, [zero_point], axis=0, block_size)`` where its scales are per
+    block, or ``qcompile.DequantizeTable(codes, scale, table)``, a model-local function, where codes
+    are indices. An op of weight-only precision goes on reading x, its channels gathered in the
+    order of the codes where that is another, and the sum of a block's activations times the block's
+    offset is added where it has one. Outlier channels that are split are gathered as often as they
+    are copied, shifted, quantised by a coarser scale and appended. The result is a valid ONNX model
+    that any runtime computes; a target replaces it by kernels. (ONNX Runtime 1.31 takes static e4m3
+    with graph optimisations off only: they would make an integer kernel of it.)
     """
 
     def __init__(self, plan: PrecisionPlan) -> None:
@@ -55,6 +56,10 @@ class Quantize(ir.passes.InPlacePass):
         for op in planned:
             if not op.coded:
                 linear = linears[op.name]
+                if op.weight is not None and op.weight.table is not None:
+                    function = table_function()
+                    model.functions.setdefault(function.identifier(), function)
+                    model.graph.opset_imports[DOMAIN] = 1
                 x = _in_order(model.graph, linear, op, shared)
                 _quantize_weight(model.graph, linear, op, x)
                 _add_offset(model.graph, linear, op, x, shared)
@@ -144,19 +149,25 @@ def _add_offset(
 def _quantize_weight(graph: ir.Graph, linear: Linear, op: OpPlan, x_hat: ir.Value) -> None:
     weight = op.weight
     assert weight is not None, f"{op.name} is planned {op.precision} without codes"
-    stored = weight.codes if weight.bits == 8 else weight.codes.astype(ml_dtypes.int4)
-    kind = "e4m3" if op.precision == "fp8" else f"int{weight.bits}"
-    codes = constant(graph, f"{op.name}.weight_{kind}", stored)
     scale = constant(graph, f"{op.name}.weight_scale", weight.scale)
-    parameters = [codes, scale]
-    if weight.zero_point is not None:
-        points = weight.zero_point.astype(stored.dtype)
-        parameters.append(constant(graph, f"{op.name}.weight_zero_point", points))
-    attributes = {"axis": 1}
-    if weight.block_size is not None:
-        attributes = {"axis": 0, "block_size": weight.block_size}
     tape = ir.tape.Tape()
-    w_hat = tape.op("DequantizeLinear", parameters, attributes)
+    if weight.table is not None:
+        assert weight.block_size is not None
+        blocks = weight.codes.astype(np.uint8).reshape(-1, weight.block_size, linear.out_features)
+        codes = constant(graph, f"{op.name}.weight_codes", blocks)
+        table = constant(graph, f"{op.name}.weight_table", weight.table)
+        w_hat = tape.op(NAME, [codes, scale, table], domain=DOMAIN)
+    else:
+        stored = weight.codes if weight.bits == 8 else weight.codes.astype(ml_dtypes.int4)
+        kind = "e4m3" if op.precision == "fp8" else f"int{weight.bits}"
+        parameters = [constant(graph, f"{op.name}.weight_{kind}", stored), scale]
+        if weight.zero_point is not None:
+            points = weight.zero_point.astype(stored.dtype)
+            parameters.append(constant(graph, f"{op.name}.weight_zero_point", points))
+        attributes = {"axis": 1}
+        if weight.block_size is not None:
+            attributes = {"axis": 0, "block_size": weight.block_size}
+        w_hat = tape.op("DequantizeLinear", parameters, attributes)
     w_hat.shape = ir.Shape(weight.codes.shape)
     w_hat.dtype = ir.DataType.FLOAT
     for node in tape.nodes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
     from qcompile.artifact import Artifact
+    from qcompile.comparing import Row
     from qcompile.frontend import Source
     from qcompile.pipeline import Calibration
 
@@ -35,6 +36,7 @@ __all__ = [
     "Recipe",
     "StandInWarning",
     "VerificationError",
+    "compare",
     "compile",
     "load",
 ]
@@ -84,6 +86,38 @@ def compile(
     )
 
 
+def compare(
+    model: Source,
+    schemes: Sequence[str],
+    *,
+    target: str = "ort-cpu",
+    calibration: Calibration = None,
+    config: CompileConfig | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+) -> list[Row]:
+    """Compile a model by several schemes from one trace and one calibration.
+
+    Each scheme has a whole artifact in a folder of its own below `output`, a colon in its name
+    written as a dash. Arguments are those of `compile`.
+
+    Raises:
+        QcompileError: what cannot be done for any scheme; one that fails alone is a row that says
+            why.
+    """
+    from qcompile.comparing import compare_schemes
+
+    return compare_schemes(
+        model,
+        schemes,
+        target=target,
+        calibration=calibration,
+        config=config or CompileConfig(),
+        output=Path(output) if output is not None else default_output(model, target, "compare"),
+        overwrite=overwrite,
+    )
+
+
 def load(
     folder: str | Path,
     *,
@@ -113,7 +147,7 @@ def default_output(model: Source, target: str, scheme: str) -> Path:
     """``MODEL-target-scheme`` in the current folder."""
     from qcompile.frontend import source_name
 
-    return Path(f"{source_name(model)}-{target.replace(':', '-')}-{scheme}")
+    return Path(f"{source_name(model)}-{target.replace(':', '-')}-{scheme.replace(':', '-')}")
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError
+from qcompile.float4 import as_float4
 from qcompile.gradients import Importance
 from qcompile.labelling import Cost, Item, Problem, Solution, front, solve
 from qcompile.linears import Linear, Site
@@ -71,6 +72,8 @@ class Measured:
         whole: whether `float_times` are of the whole model.
         steps: how much the relative time at a shape of one token counts beside the others'.
         notes: on the times, for the report.
+        block_size: input channels that share a scale, of weights in blocks.
+        zero_points: whether those blocks have them.
     """
 
     sites: Sequence[Site]
@@ -90,6 +93,8 @@ class Measured:
     steps: int = 1
     savings: Mapping[str, Mapping[Label, Sequence[float]]] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
+    block_size: int = BLOCK_SIZE
+    zero_points: bool = False
 
     def problem(self) -> Problem:
         """Cost vectors: seconds at each shape, damage, bytes."""
@@ -107,7 +112,7 @@ class Measured:
                                 [
                                     *self.times[linear.name][label],
                                     damage.get(label, 0.0),
-                                    weight_bytes(linear, label, self.floats),
+                                    self.bytes_of(linear, label),
                                 ]
                             )
                             for label in labels
@@ -125,6 +130,16 @@ class Measured:
             for site, modes in self.savings.items()
         }
         return Problem(tuple(items), conversions, savings)
+
+    def bytes_of(self, linear: Linear, label: Label) -> int:
+        """Of one Linear's weight as it is stored."""
+        return weight_bytes(
+            linear,
+            label,
+            self.floats,
+            block_size=self.block_size,
+            zero_points=self.zero_points,
+        )
 
     @property
     def rest(self) -> Cost:
@@ -213,20 +228,32 @@ def scheme_choice(options: Mapping[str, Options]) -> dict[str, Choice]:
     return {name: found.default for name, found in options.items()}
 
 
-def weight_bytes(linear: Linear, label: Label, floats: Floats = "float32") -> int:
+def weight_bytes(
+    linear: Linear,
+    label: Label,
+    floats: Floats = "float32",
+    *,
+    block_size: int = BLOCK_SIZE,
+    zero_points: bool = False,
+) -> int:
     """Bytes of one Linear's weight as it is stored.
 
     In float, a tied one costs nothing more than its embedding, and those that share one weight
     divide it among them; codes are each op's own.
     """
     size = linear.in_features * linear.out_features
-    blocks = -(-linear.in_features // BLOCK_SIZE) * linear.out_features
+    depth = -(-linear.in_features // block_size)
+    blocks = depth * linear.out_features
     wide = FLOAT_BYTES[floats]
     if label == "float":
         return 0 if linear.tied else wide * size // linear.shared
+    if as_float4(label) is not None:
+        return size // 2 + wide * blocks
     if label == "weight8" or label == "weight4":
+        bits = 8 if label == "weight8" else 4
+        points = linear.out_features * -(-depth * bits // 8) if zero_points else 0
         # The last block is padded.
-        return blocks * (BLOCK_SIZE * (8 if label == "weight8" else 4) // 8 + wide)
+        return blocks * (block_size * bits // 8 + wide) + points
     # How many copies a split makes is known later; this is the most.
     copies = linear.in_features // 8 * (linear.out_features + 12) if label == "split" else 0
     return size + 4 * linear.out_features + copies

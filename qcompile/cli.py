@@ -15,32 +15,13 @@ from typing import Any
 import click
 from rich.console import Console
 
+from qcompile.cli_group import CompileByDefault
 from qcompile.errors import ConfigError, QcompileError
 
 _INTERRUPTED = 130
 
 
-class _CompileByDefault(click.Group):
-    """``qcompile MODEL`` is ``qcompile compile MODEL``: a first word that is no command."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in self.commands:
-            args = ["compile", *args]
-        return super().resolve_command(ctx, args)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        # Options may stand before MODEL; those of the group itself are --help and --version.
-        if args and args[0].startswith("-") and args[0] not in ("--help", "--version"):
-            args = ["compile", *args]
-        return super().parse_args(ctx, args)
-
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage("qcompile", "MODEL [OPTIONS]  |  COMMAND [ARGS]")
-
-
-@click.group(cls=_CompileByDefault, context_settings={"help_option_names": ["--help"]})
+@click.group(cls=CompileByDefault, context_settings={"help_option_names": ["--help"]})
 @click.version_option(package_name="qcompile")
 def cli() -> None:
     """Compile a model to a quantised, verified ONNX graph.
@@ -56,6 +37,10 @@ def cli() -> None:
 @click.option(
     "--scheme",
     help="See `qcompile schemes`.  [default: w8a8, or what a quantised checkpoint holds]",
+)
+@click.option(
+    "--compare",
+    help="Several schemes, like w8a8,w4a16:gptq: each into a folder of its own, and one table.",
 )
 @click.option(
     "-o",
@@ -108,6 +93,16 @@ def cli() -> None:
     help="How a static range is drawn from what calibration saw.",
 )
 @click.option(
+    "--block-size",
+    type=click.Choice(["32", "64", "128"]),
+    help="Of weights alone: input channels that share a scale.  [default: 32]",
+)
+@click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help="Of weights alone: blocks without or with zero points.  [default: as the method has it]",
+)
+@click.option(
     "--recipe", type=click.Path(path_type=Path), help="YAML: module-path glob -> overrides."
 )
 @click.option("--task", help="Task of the model, as optimum names it.  [default: inferred]")
@@ -124,11 +119,7 @@ def cli() -> None:
     default=None,
     help="A language model keeps keys and values: for `qcompile run`.  [default: with kv8, kv4]",
 )
-@click.option(
-    "--last-logits",
-    is_flag=True,
-    help="With a cache: of a prompt, the last token's logits only.",
-)
+@click.option("--last-logits", is_flag=True, help="With a cache: of a prompt, the last logits.")
 @click.option(
     "--adapter", type=click.Path(path_type=Path), help="Folder of a PEFT adapter (LoRA) for MODEL."
 )
@@ -151,6 +142,7 @@ def compile_command(
     model: str,
     target: str,
     scheme: str | None,
+    compare: str | None,
     output: Path | None,
     calibration: str | None,
     recipe: Path | None,
@@ -160,6 +152,7 @@ def compile_command(
     smooth: str,
     shapes: str | None,
     max_size: str | None,
+    block_size: str | None,
     **options: Any,
 ) -> None:
     """Compile MODEL: a Hugging Face folder or hub id, an .onnx file, or path/file.py:factory."""
@@ -172,10 +165,21 @@ def compile_command(
     config = CompileConfig(
         smooth=parse_smooth(smooth),
         max_size=parse_size(max_size) if max_size is not None else None,
+        block_size=int(block_size) if block_size else None,  # type: ignore[arg-type]
         shapes=parse_shapes(shapes) if shapes is not None else (),
         recipe=Recipe.read(recipe) if recipe else Recipe(),
         **options,
     )
+    if compare is not None:
+        if scheme is not None:
+            raise ConfigError("--compare names the schemes, so --scheme has no effect")
+        from qcompile.cli_compare import compare_command
+
+        compare_command(
+            model, compare, _stdout(), target=target, calibration=calibration, config=config,
+            output=output, overwrite=overwrite, as_json=as_json, quiet=quiet,
+        )  # fmt: skip
+        return
     # What can be known to be wrong without the model is said before torch is imported.
     get_target(target)
     scheme = choose_scheme(model, scheme)
@@ -219,12 +223,10 @@ def targets_command() -> None:
 @cli.command("schemes", short_help="List schemes.")
 def schemes_command() -> None:
     """List quantisation schemes."""
-    from qcompile.schemes import CACHES, SCHEMES
+    from qcompile.summary import scheme_lines
 
-    for scheme in SCHEMES.values():
-        click.echo(f"{scheme.name:10} {scheme.summary}")
-    for suffix, bits in CACHES.items():
-        click.echo(f"…{suffix:9} any of these, keys and values kept in {bits} bits")
+    for line in scheme_lines():
+        click.echo(line)
 
 
 @cli.command("inspect", short_help="Show an artifact's plan per op.")

@@ -12,6 +12,7 @@ import pydantic
 import yaml
 
 from qcompile.errors import ConfigError
+from qcompile.methods import Method
 
 Activations: TypeAlias = Literal["static", "dynamic", "token"]
 AdapterMode: TypeAlias = Literal["merge", "keep"]
@@ -40,6 +41,7 @@ class SiteRule(_Frozen):
     """What a recipe asks for the modules that its glob matches. Unset fields keep the default."""
 
     precision: Literal["float", "w8a8", "fp8", "w8a16", "w4a16", "split"] | None = None
+    method: Method | None = None
     activations: Activations | None = None
     smooth: Smooth | None = None
     ranges: RangeMethod | None = None
@@ -52,12 +54,25 @@ class SiteRule(_Frozen):
             self.activations, self.smooth, self.ranges
         } != {None}:  # fmt: skip
             raise ValueError(f"{self.precision} takes no other field")
+        if self.method is not None and self.precision is not None and not self.in_blocks:
+            raise ValueError(f"{self.precision} has no methods")
         return self
+
+    @classmethod
+    def named(cls, text: str) -> dict[str, str]:
+        """The fields of a rule that is one word: ``float``, ``w4a16``, ``w4a16:gptq``."""
+        precision, colon, method = text.partition(":")
+        return {"precision": precision, **({"method": method} if colon else {})}
 
     @property
     def coded(self) -> bool:
         """Whether it asks for codes of weights and activations."""
         return self.precision in ("w8a8", "fp8")
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether it asks for weights alone, in blocks of integers."""
+        return self.precision in ("w8a16", "w4a16")
 
 
 class Recipe(_Frozen):
@@ -98,7 +113,7 @@ class Recipe(_Frozen):
             raise ConfigError("a recipe is a mapping of module-path globs to rules")
         rules: list[tuple[str, SiteRule]] = []
         for glob, body in mapping.items():
-            fields = {"precision": body} if isinstance(body, str) else body
+            fields = SiteRule.named(body) if isinstance(body, str) else body
             try:
                 rules.append((str(glob), SiteRule.model_validate(fields)))
             except pydantic.ValidationError as error:
@@ -150,6 +165,10 @@ class CompileConfig(_Frozen):
             machine is used as it is.
         plan_in: a plan to replay instead of choosing; `plan_out`: where to write the plan.
         ranges: how a static range is drawn from the calibration histogram.
+        method: how weights whose activation stays in float are rounded; a scheme's name may say it
+            too, after a colon.
+        block_size: of their input channels that share a scale; None: 32.
+        symmetric: whether their blocks have no zero points; None: as the method has it.
         recipe: per-module overrides; a mapping as in a recipe file will do.
         task: a task name of optimum's, instead of the one read from the model.
         opset: ONNX opset of the exported graph.
@@ -181,6 +200,9 @@ class CompileConfig(_Frozen):
     plan_in: Path | None = None
     plan_out: Path | None = None
     ranges: RangeMethod = "minmax"
+    method: Method = "rtn"
+    block_size: Literal[32, 64, 128] | None = None
+    symmetric: bool | None = None
     recipe: Recipe = Recipe()
     task: str | None = None
     opset: Annotated[int, pydantic.Field(ge=23, le=23)] = 23
@@ -208,6 +230,13 @@ class CompileConfig(_Frozen):
             raise ValueError(
                 f"ranges {self.ranges} are static, and {self.activations} activations have none"
             )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _zero_points_where_they_are_the_point(self) -> CompileConfig:
+        methods = {self.method, *(rule.method for _, rule in self.recipe.rules)}
+        if self.symmetric and "hqq" in methods:
+            raise ValueError("hqq moves zero points, and symmetric blocks have none")
         return self
 
     @pydantic.model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from qcompile.choosing import Decision, weight_bytes
+from qcompile.choosing import Decision
 from qcompile.config import CompileConfig
 from qcompile.labelling import Solution
 from qcompile.precision import CODED, Label
@@ -60,7 +60,7 @@ def candidate_rows(decision: Decision) -> dict[str, list[CandidateRow]]:
                         else None,
                         saved=_micro(saved) if (saved := savings.get(label)) else None,
                         damage=measured.damage.get(name, {}).get(label, 0.0),
-                        bytes=weight_bytes(linear, label, measured.floats),
+                        bytes=measured.bytes_of(linear, label),
                         chosen=decision.solution.labels[name] == label,
                     )
                     for label in labels

@@ -8,7 +8,7 @@ from typing import Final
 
 from qcompile.report import Cache, Report, Speed
 
-_FIGURES: Final = {
+FIGURES: Final = {
     "kl": ("mean KL to float", "{:.5f} nats per row"),
     "top1_agreement": ("top-1 agreement", "{:.2%}"),
     "perplexity_float": ("perplexity, float", "{:.4g}"),
@@ -46,7 +46,7 @@ def headline(report: Report) -> dict[str, str]:
 
 def accuracy_text(name: str, value: float) -> tuple[str, str]:
     """What a figure of `Report.accuracy` is called, and its value."""
-    label, form = _FIGURES.get(name, (name, "{:.4g}"))
+    label, form = FIGURES.get(name, (name, "{:.4g}"))
     return label, form.format(value)
 
 

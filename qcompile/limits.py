@@ -69,6 +69,15 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         raise ConfigError("last_logits are for generating, so they want a cache")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
+    if scheme.method is not None and config.method not in ("rtn", scheme.method):
+        raise ConfigError(f"scheme {scheme.name} and method {config.method} contradict each other")
+    in_blocks = scheme.has_methods or any(rule.in_blocks for _, rule in config.recipe.rules)
+    for field in ("method", "block_size", "symmetric"):
+        asked = getattr(config, field) != CompileConfig.model_fields[field].default
+        sized = field == "block_size" and bool(scheme.labels) and not scheme.keeps
+        if asked and not (in_blocks or sized or (field == "symmetric" and scheme.modes)):
+            why = "rounds nothing" if scheme.keeps else "has no weights in blocks"
+            raise ConfigError(f"scheme {scheme.name} {why}, so {field} has no effect")
     if scheme.quantizes and not scheme.modes and not config.recipe.codes:
         for field in ("activations", "smooth", "ranges"):
             if getattr(config, field) != CompileConfig.model_fields[field].default:

@@ -16,9 +16,11 @@ from qcompile.calibration.stats import Stats
 from qcompile.choosing import STEPS, Measured
 from qcompile.config import CompileConfig
 from qcompile.costs import default_path, open_costs
+from qcompile.float4 import BLOCK_SIZE as FLOAT4_BLOCK
 from qcompile.gradients import Gradients, Importance, measure_gradients
 from qcompile.linears import find_sites
 from qcompile.makers import maker_of
+from qcompile.methods import is_symmetric
 from qcompile.options import Options
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
@@ -36,6 +38,7 @@ from qcompile.targets.base import Target
 from qcompile.torch_graph import UnsupportedOpError
 from qcompile.traced import Batch, TracedModel
 from qcompile.trials import trial_plans
+from qcompile.weight_blocks import BLOCK_SIZE
 
 
 def measure(
@@ -86,8 +89,20 @@ def measure(
     elif times.measured:
         with contextlib.suppress(OSError):  # a cache that cannot be kept is no failure
             table.write(default_path(here))
-    steps = STEPS if config.cache else 1
-    return dataclasses.replace(measured, importance=importance, how=how, steps=steps)
+    return dataclasses.replace(
+        measured,
+        importance=importance,
+        how=how,
+        steps=STEPS if config.cache else 1,
+        block_size=config.block_size or _block_size(options),
+        zero_points=not is_symmetric(config.method, config.symmetric),
+    )
+
+
+def _block_size(options: Mapping[str, Options]) -> int:
+    """Of weights in blocks, where nobody asked for one."""
+    labels = {label for found in options.values() for label in found.labels}
+    return FLOAT4_BLOCK if labels & {"nf4", "fp4"} else BLOCK_SIZE
 
 
 def measure_times(

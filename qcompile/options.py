@@ -12,9 +12,12 @@ import onnx_ir as ir
 
 from qcompile.config import Activations, CompileConfig, SiteRule
 from qcompile.errors import ConfigError, ModelError
+from qcompile.float4 import BLOCK_SIZE, as_float4
 from qcompile.linears import Linear, Site
+from qcompile.methods import FOLDED
 from qcompile.outliers import can_split
 from qcompile.precision import CODED, Choice, Label
+from qcompile.rounding import rounding_of
 from qcompile.schemes import Scheme
 from qcompile.targets.base import Target
 
@@ -106,6 +109,12 @@ def needs_ranges(options: Mapping[str, Options], chosen: Mapping[str, Choice]) -
     return bool((labels | {choice.label for choice in chosen.values()}) & set(CODED))
 
 
+def scales_channels(chosen: Mapping[str, Choice], config: CompileConfig) -> bool:
+    """Whether a method of weights alone scales input channels by what calibration saw."""
+    found = (rounding_of(name, choice.precision, config) for name, choice in chosen.items())
+    return any(rounding is not None and rounding.method in FOLDED for rounding in found)
+
+
 def require_any(options: Mapping[str, Options], graph: ir.Model) -> None:
     """Refuse to call a model quantised in which nothing can be.
 
@@ -134,12 +143,17 @@ def _check_recipe(sites: list[Site], config: CompileConfig, scheme: Scheme, targ
         )
     for glob, rule in config.recipe.rules:
         matched = [name for name in names if fnmatchcase(name, glob)]
-        given = rule.model_fields_set - {"precision"}
+        given = rule.model_fields_set - {"precision", "method"}
         if given and not scheme.modes and not config.recipe.codes:
             raise ConfigError(
                 f"recipe rule {glob!r} gives {min(given)}, and scheme {scheme.name} quantises no "
                 "activations",
                 hint="add `precision: w8a8`",
+            )
+        if rule.method is not None and rule.precision is None and not scheme.has_methods:
+            raise ConfigError(
+                f"recipe rule {glob!r} gives a method, and scheme {scheme.name} has none",
+                hint="add `precision: w4a16`",
             )
         modes = [_modes(name, config, target) for name in matched]
         if rule.ranges is not None and all("static" not in found for found in modes):
@@ -170,6 +184,10 @@ def _options(linear: Linear, config: CompileConfig, scheme: Scheme, target: Targ
         labels = tuple(k for k in scheme.labels if target.capability("MatMul", k) is not None)
         if not labels:
             return Options(("float",), f"{target.name} has no kernel for {scheme.labels[0]}")
+        size = config.block_size or BLOCK_SIZE
+        if as_float4(labels[0]) is not None and linear.in_features % size:
+            reason = f"{linear.in_features} input channels are no multiple of the block's {size}"
+            return Options(("float",), f"no {labels[0]} kernel of {target.name} takes it: {reason}")
         return Options((*labels, "float"), _scheme_reason(linear, scheme))
     fp8 = rule.precision == "fp8" or (rule.precision is None and scheme.fp8)
     codes = "fp8" if fp8 else "int8"

@@ -22,6 +22,7 @@ from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
 from qcompile.checkpoints.scheme import choose_scheme
 from qcompile.choosing import decide, scheme_choice
+from qcompile.codes import find_codes
 from qcompile.config import CompileConfig, Recipe
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
@@ -38,7 +39,7 @@ from qcompile.limits import (
 )
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
-from qcompile.options import find_options, needs_ranges, require_any
+from qcompile.options import find_options, needs_ranges, require_any, scales_channels
 from qcompile.passes.attention_3d import AttentionTo3D
 from qcompile.passes.canonical_linear import CanonicalLinear
 from qcompile.passes.fuse_attention import FuseAttention
@@ -109,6 +110,54 @@ def compile_model(
     Raises:
         QcompileError: anything that cannot be done; nothing is left at `output` then.
     """
+    chosen_target, chosen_scheme, config = checked(source, target, scheme, calibration, config)
+    with staged(output, overwrite=overwrite) as (folder, work):
+        shared = Shared(source, calibration, work)
+        report = compile_shared(
+            shared, chosen_target, target, chosen_scheme, config, folder, phases or Phases()
+        )
+    if config.plan_out is not None:
+        shutil.copyfile(output / PLAN, config.plan_out)
+    return artifact.Artifact(path=output, report=report)
+
+
+@dataclasses.dataclass
+class Shared:
+    """What compilations of one model, by several schemes, have in common: made once, when it is
+    first asked for.
+
+    Attributes:
+        source: the model.
+        calibration: as the user gave it.
+        work: folder for graphs.
+        model: traced, in its canonical form.
+        data: what calibrates, and what is held back.
+        stats: of every site; kept where there are several schemes.
+        several: whether there are.
+    """
+
+    source: frontend.Source
+    calibration: Calibration
+    work: Path
+    model: TracedModel | None = None
+    data: CalibrationData | None = None
+    stats: Mapping[str, Stats] | None = None
+    several: bool = False
+
+
+def checked(
+    source: frontend.Source,
+    target: str,
+    scheme: str | None,
+    calibration: Calibration,
+    config: CompileConfig,
+) -> tuple[Target, Scheme, CompileConfig]:
+    """What the names stand for, and `config` as the scheme completes it.
+
+    Raises:
+        ConfigError: what can be known to be wrong before anything is computed.
+        CalibrationError: there is no such file.
+    """
     chosen_target, chosen_scheme = get_target(target), get_scheme(choose_scheme(source, scheme))
     if config.recipe.rules and not chosen_scheme.quantizes:
         raise ConfigError(
@@ -118,40 +167,32 @@ def compile_model(
     if not chosen_scheme.quantizes and config.plans:
         raise ConfigError(f"scheme {scheme} plans nothing, so {config.plans[0]} has no effect")
     check_target(chosen_target, chosen_scheme, config)
+    if chosen_scheme.method is not None:
+        config = config.model_copy(update={"method": chosen_scheme.method})
     if chosen_scheme.cache_bits is not None:
         config = config.model_copy(update={"cache": True})
     check_plan_paths(config)
     if isinstance(calibration, str | Path):
         check_calibration_path(Path(calibration))
-    with staged(output, overwrite=overwrite) as (folder, work):
-        report = _compile(
-            source, chosen_target, target, chosen_scheme, calibration, config, folder, work,
-            phases or Phases(),
-        )  # fmt: skip
-    if config.plan_out is not None:
-        shutil.copyfile(output / PLAN, config.plan_out)
-    return artifact.Artifact(path=output, report=report)
+    return chosen_target, chosen_scheme, config
 
 
-def _compile(
-    source: frontend.Source,
+def compile_shared(
+    shared: Shared,
     target: Target,
     target_spec: str,
     scheme: Scheme,
-    calibration: Calibration,
     config: CompileConfig,
     folder: Path,
-    work: Path,
     phases: Phases,
 ) -> Report:
+    """Compile into `folder`, which is there and empty; what `shared` lacks is added to it."""
+    work = shared.work
     with phases.phase("trace"):
-        model = frontend.load(source, config, work)
-        check_shapes(config.shapes, model)
+        model = shared.model or _traced(shared.source, config, work)
+        shared.model = model
         check_limits(config, model)
         traced_path = work / "traced.onnx"
-        stored = model.checkpoint.weights if model.checkpoint is not None else ()
-        run(model.ir, canonicalize(stored))
-        model.ir = spill(model.ir, work, "canonical")
 
     cached = with_cache() if config.cache else ()
     lowered = partial(_lowered_float, model, target)
@@ -167,7 +208,10 @@ def _compile(
     if config.adapter_mode == "keep":
         config = config.model_copy(update={"recipe": config.recipe.before(KEPT_ADAPTER)})
     with phases.phase("data") as step:
-        data = _calibration_data(calibration, model, config, scheme, work, step)
+        data = shared.data or _calibration_data(
+            shared.calibration, model, config, scheme, work, step
+        )
+        shared.data = data
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
     graph, decision, notes, ranges = model.ir.clone(), None, list[str](), Ranges()
@@ -191,12 +235,15 @@ def _compile(
         options = find_options(sites, config, scheme, target)
         require_any(options, graph)
         chosen = replayed.chosen(options, sites, target) if replayed else scheme_choice(options)
-        if needs_ranges(options, chosen):
+        if needs_ranges(options, chosen) or scales_channels(chosen, config):
             with phases.phase("calibrate") as step:
                 stride = 1 if config.wants_histograms else HISTOGRAM_STRIDE
-                stats = calibrate(
+                found = shared.stats or calibrate(
                     graph, sites, data.calibration, work, histogram_stride=stride, progress=step
                 )
+                shared.stats = found if shared.several else None
+                stats = dict(found)
+                del found
         measurable = target.unmeasured is None or config.costs is not None
         if replayed is None and config.objective != "scheme" and measurable:
             with phases.phase("plan") as step:
@@ -206,7 +253,9 @@ def _compile(
                 decision = decide(measured, config)
                 chosen = decision.chosen
         importance = decision.measured.importance if decision is not None else None
-        apply = partial(_apply, model, stats, replayed, importance, config, target, work, phases)
+        apply = partial(
+            _apply, model, stats, data, replayed, importance, config, target, work, phases
+        )
         if decision is not None and config.max_kl is not None:
             tried = partial(tried_kl, target, traced_path, model.kind, data.held_back, work)
             decision, (graph, smoothing, plan) = keep_within(
@@ -269,6 +318,15 @@ def _compile(
     return report
 
 
+def _traced(source: frontend.Source, config: CompileConfig, work: Path) -> TracedModel:
+    model = frontend.load(source, config, work)
+    check_shapes(config.shapes, model)
+    stored = model.checkpoint.weights if model.checkpoint is not None else ()
+    run(model.ir, canonicalize(stored))
+    model.ir = spill(model.ir, work, "canonical")
+    return model
+
+
 def with_cache(plan: CachePlan | None = None) -> tuple[ir.passes.PassBase, ...]:
     """The passes that give a model a cache; rotary angles may be written like attention."""
     return (OuterProduct(), KvCache(plan))
@@ -291,6 +349,7 @@ def _lowered_float(
 def _apply(
     model: TracedModel,
     stats: Mapping[str, Stats],
+    data: CalibrationData,
     replayed: PlanFile | None,
     importance: Importance | None,
     config: CompileConfig,
@@ -312,9 +371,13 @@ def _apply(
         graph = spill(graph, work, stem)
         release(model.ir)
     with phases.phase("quantize") as step:
-        plan = plan_precision(
-            find_sites(graph.graph), stats, smoothing, chosen, config, target, progress=step
+        codes = find_codes(
+            graph, chosen, stats, smoothing, config, data.calibration, work, progress=step
         )
+        plan = plan_precision(
+            find_sites(graph.graph), stats, smoothing, chosen, config, target, codes=codes,
+            progress=step,
+        )  # fmt: skip
         release(graph)
     return graph, smoothing, plan
 

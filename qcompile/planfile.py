@@ -12,6 +12,7 @@ import pydantic
 from qcompile.config import RangeMethod, Recipe, SiteRule
 from qcompile.errors import ConfigError
 from qcompile.linears import Site
+from qcompile.methods import Method
 from qcompile.options import Options
 from qcompile.outliers import can_split
 from qcompile.precision import Choice, Label, PrecisionPlan
@@ -23,10 +24,10 @@ PLAN: Final = "plan.json"
 
 class PlanFile(pydantic.BaseModel):
     """Implementation by op, α by site (None: not smoothed; a site left out is searched), and the
-    ranges that a recipe gave ops.
+    ranges and methods that a recipe gave ops.
 
-    With the same model, calibration data, `ranges` and versions, a replay gives the same graph, bit
-    for bit.
+    With the same model, scheme, calibration data, `ranges`, blocks and versions, a replay gives the
+    same graph, bit for bit.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -37,6 +38,7 @@ class PlanFile(pydantic.BaseModel):
     ops: dict[str, Label]
     smoothing: dict[str, Annotated[float, pydantic.Field(ge=0, le=1)] | None]
     ranges: dict[str, RangeMethod] = {}
+    methods: dict[str, Method] = {}
 
     @classmethod
     def of(
@@ -49,22 +51,23 @@ class PlanFile(pydantic.BaseModel):
     ) -> PlanFile:
         """From the decisions of one compilation."""
         ranges = {op.name: recipe.rule_for(op.name).ranges for op in plan.ops}
+        methods = {op.name: recipe.rule_for(op.name).method for op in plan.ops}
         return cls(
             target=target,
             scheme=scheme,
             ops={op.name: plan.label(op) for op in plan.ops},
             smoothing={entry.site: entry.alpha for entry in smoothing.entries},
             ranges={name: method for name, method in ranges.items() if method is not None},
+            methods={name: method for name, method in methods.items() if method is not None},
         )
 
     @property
     def recipe(self) -> Recipe:
-        """The ranges of single ops, as a recipe gives them."""
-        return Recipe(
-            rules=tuple(
-                (glob.escape(name), SiteRule(ranges=method)) for name, method in self.ranges.items()
-            )
-        )
+        """The ranges and methods of single ops, as a recipe gives them."""
+        ranges = [(name, SiteRule(ranges=found)) for name, found in self.ranges.items()]
+        methods = [(name, SiteRule(method=found)) for name, found in self.methods.items()]
+        rules = [(glob.escape(name), rule) for name, rule in (*ranges, *methods)]
+        return Recipe(rules=tuple(rules))
 
     @classmethod
     def read(cls, path: Path) -> PlanFile:

@@ -12,6 +12,7 @@ from qcompile.calibration.ranges import static_range
 from qcompile.calibration.stats import Stats
 from qcompile.config import CompileConfig
 from qcompile.e4m3 import e4m3_scale, quantize_e4m3
+from qcompile.float4 import BLOCK_SIZE, as_float4, quantize_float4
 from qcompile.linears import Linear, Site
 from qcompile.outliers import find_split
 from qcompile.precision import (
@@ -20,13 +21,15 @@ from qcompile.precision import (
     Floats,
     OpPlan,
     PrecisionPlan,
+    QuantizedWeight,
     SitePlan,
     uint8_affine,
     uint8_symmetric,
 )
+from qcompile.rounding import rounding_of
 from qcompile.smoothing import SmoothingPlan
 from qcompile.targets.base import Target
-from qcompile.weight_blocks import BITS, quantize_blocks
+from qcompile.weight_blocks import quantize_blocks
 from qcompile.weights import Neighbours, quantize_weight
 
 Array = npt.NDArray[Any]
@@ -44,6 +47,7 @@ def plan_precision(
     target: Target,
     *,
     weights: Callable[[Linear], Array] | None = None,
+    codes: Mapping[str, QuantizedWeight] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PrecisionPlan:
     """Scales, zero points and weight codes for what was chosen.
@@ -53,9 +57,11 @@ def plan_precision(
         stats: of the same activations before smoothing.
         smoothing: what `sites` were smoothed by.
         chosen: the implementation of every Linear.
-        config: `ranges` and the recipe.
+        config: `ranges`, the blocks of weights, and the recipe.
         target: whether its kernel saturates.
         weights: what to round of each Linear, float32 [K, any]; None: its weight.
+        codes: of weights that are rounded already; weights in blocks that it lacks are rounded to
+            nearest.
         progress: called with (sites done, sites in all).
     """
     weights = weights or weight_of
@@ -90,8 +96,20 @@ def plan_precision(
                     activation.highest if target.saturates else None,
                     neighbours,
                 )
+            elif codes is not None and linear.name in codes:
+                weight = codes[linear.name]
+            elif (kind := as_float4(choice.precision)) is not None:
+                size = config.block_size or BLOCK_SIZE
+                weight = quantize_float4(weights(linear), kind, block_size=size)
             elif choice.precision != "float":
-                weight = quantize_blocks(weights(linear), bits=BITS[choice.precision])
+                rounding = rounding_of(linear.name, choice.precision, config)
+                assert rounding is not None
+                weight = quantize_blocks(
+                    weights(linear),
+                    bits=rounding.bits,
+                    block_size=rounding.block_size,
+                    symmetric=rounding.symmetric,
+                )
             ops.append(
                 OpPlan(
                     name=linear.name,

@@ -13,12 +13,22 @@ from qcompile.outliers import Split
 
 Array = npt.NDArray[Any]
 
-Precision: TypeAlias = Literal["float", "int8", "weight8", "weight4", "fp8"]
+Precision: TypeAlias = Literal["float", "int8", "weight8", "weight4", "fp8", "nf4", "fp4"]
 """What an op computes with; ``weight8`` and ``weight4`` leave its activation to the kernel, which
-takes float and rounds it for itself."""
+takes float and rounds it for itself; ``nf4`` and ``fp4`` leave it in float."""
 
 Label: TypeAlias = Literal[
-    "float", "static", "dynamic", "token", "split", "weight8", "weight4", "fp8", "fp8-static"
+    "float",
+    "static",
+    "dynamic",
+    "token",
+    "split",
+    "weight8",
+    "weight4",
+    "fp8",
+    "fp8-static",
+    "nf4",
+    "fp4",
 ]
 """An implementation that can be chosen for an op; a mode stands for INT8 in that mode, ``split``
 for static INT8 with outlier channels on several channels each (`qcompile.outliers`), ``fp8`` for
@@ -80,6 +90,7 @@ class QuantizedWeight:
             channels by importance (GPTQ's act-order) stores them in blocks of another order.
         offset: float32 of the shape of `scale`, in blocks that divide K: what is added to every
             weight of a block, for formats whose zero is no code (GGUF's Q4_K); None: nothing.
+        table: float32 [2^bits], what the codes are indices of; None: they are the values.
     """
 
     codes: Array
@@ -89,10 +100,13 @@ class QuantizedWeight:
     zero_point: Array | None = None
     order: Array | None = None
     offset: Array | None = None
+    table: Array | None = None
 
     def dequantized(self) -> Array:
         """The float32 weight [K, N] that the codes stand for, rows in the order of the input."""
         result: Array = self.codes.astype(np.float32)
+        if self.table is not None:
+            result = self.table[self.codes]
         if self.zero_point is not None:
             result -= self._of_rows(self.zero_point)
         result *= self._of_rows(self.scale)
@@ -125,9 +139,9 @@ class Choice:
 
     @property
     def precision(self) -> Precision:
-        if self.label == "float" or self.label == "weight8" or self.label == "weight4":
-            return self.label
-        return "fp8" if self.label in FP8 else "int8"
+        if self.label in FP8:
+            return "fp8"
+        return "int8" if self.mode is not None else self.label  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +214,8 @@ class PrecisionPlan:
 
     def label(self, op: OpPlan) -> Label:
         """What was chosen for `op`."""
-        if op.precision == "float" or op.precision == "weight8" or op.precision == "weight4":
-            return op.precision
+        if not op.coded:
+            return op.precision  # type: ignore[return-value]
         site = self.site(op.site)
         assert site is not None
         return site.activation.label

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qcompile.e4m3 import E4M3
+from qcompile.float4 import as_float4, quantize_float4
 from qcompile.linears import find_linears
 from qcompile.makers import NORMS, Maker
 from qcompile.outliers import Split
@@ -142,6 +143,8 @@ def plan_of(model: ir.Model, label: Label, floats: Floats) -> PrecisionPlan:
         size = BLOCK_SIZE if precision in BITS else None
         scale = np.full((-(-depth // size), width) if size else width, 0.01, np.float32)
         weight = QuantizedWeight(codes, scale, size, bits)
+        if (kind := as_float4(label)) is not None:
+            weight = quantize_float4(codes.astype(np.float32), kind)
         name = linear.name
         ops.append(OpPlan(name, str(linear.x.name), precision, "", depth, width, "", weight))
         by_input.setdefault(linear.x, []).append(name)

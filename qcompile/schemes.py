@@ -7,6 +7,7 @@ from typing import Final
 
 from qcompile.config import Activations
 from qcompile.errors import ConfigError
+from qcompile.methods import METHODS, Method
 from qcompile.precision import FP8, MODES, Choice, Floats, Label
 
 DEFAULT: Final = "w8a8"
@@ -24,6 +25,8 @@ class Scheme:
         labels: the implementations that it names; of several modes, the target says which first.
         floats: the type of what stays floating point; None: the one that the target is fastest in.
         cache_bits: of the codes that keys and values are kept in; None: they are kept in float.
+        method: how weights are rounded whose activation stays in float; None: the configuration
+            says.
     """
 
     name: str
@@ -31,11 +34,18 @@ class Scheme:
     labels: tuple[Label, ...] = ()
     floats: Floats | None = None
     cache_bits: int | None = None
+    method: Method | None = None
 
     @property
     def base(self) -> str:
-        """The name without the cache."""
-        return self.name.removesuffix(f"kv{self.cache_bits}")
+        """The name without cache and method."""
+        return self.name.partition(":")[0].removesuffix(f"kv{self.cache_bits}")
+
+    @property
+    def has_methods(self) -> bool:
+        """Whether it is of weights alone, in blocks of integers."""
+        in_blocks = bool(self.labels) and set(self.labels) <= {"weight8", "weight4"}
+        return in_blocks and not self.keeps
 
     @property
     def keeps(self) -> bool:
@@ -71,8 +81,12 @@ SCHEMES: Final = {
         Scheme("fp16", "as fp32, in float16: the baseline on a GPU", floats="float16"),
         Scheme("w8a8", "int8 weights per output channel, 8-bit activations, SmoothQuant", MODES),
         Scheme("fp8", "e4m3 weights per output channel, e4m3 activations, SmoothQuant", FP8),
-        Scheme("w8a16", "int8 weights per block of 32, rounded to nearest", ("weight8",)),
-        Scheme("w4a16", "int4 weights per block of 32, rounded to nearest", ("weight4",)),
+        Scheme("w8a16", "int8 weights in blocks, activations in float", ("weight8",)),
+        Scheme("w4a16", "int4 weights in blocks, activations in float", ("weight4",)),
+        Scheme("w4a8", "as w4a16 where the kernel rounds activations to int8", ("weight4",)),
+        Scheme("mixed", "int4 or int8 weights in blocks, for --max-size", ("weight4", "weight8")),
+        Scheme("nf4", "NormalFloat4 weights in blocks of 64, activations in float", ("nf4",)),
+        Scheme("fp4", "as nf4, with 4-bit floats", ("fp4",)),
         Scheme(KEPT, "a source that is quantised already, bit for bit", ("weight4", "weight8")),
     )
 }
@@ -83,14 +97,41 @@ CACHES: Final = {"kv8": 8, "kv4": 4}
 
 
 def get_scheme(name: str) -> Scheme:
-    """The scheme `name`, which may end in one of `CACHES`: ``w8a8kv8``.
+    """The scheme `name`, which may end in one of `CACHES`, ``w8a8kv8``, and in a method after a
+    colon, ``w4a16:gptq``.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or it has no such method.
     """
-    suffix = next((suffix for suffix in CACHES if name.endswith(suffix)), "")
-    scheme = SCHEMES.get(name.removesuffix(suffix))
+    whole, colon, method = name.partition(":")
+    suffix = next((suffix for suffix in CACHES if whole.endswith(suffix)), "")
+    scheme = SCHEMES.get(whole.removesuffix(suffix))
     if scheme is None:
         hint = f"one of {', '.join(SCHEMES)}; {' or '.join(CACHES)} may follow"
         raise ConfigError(f"unknown scheme {name!r}", hint=hint)
-    return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix))
+    if method == "dq" and scheme.labels in (("nf4",), ("fp4",)):
+        raise ConfigError(
+            "double quantisation of the scales: ONNX Runtime's MatMulBnb4 takes them as floats",
+            hint=f"{scheme.name} has 4.5 bits a weight in blocks of 64; --block-size 128 has 4.25",
+        )
+    known = next((each for each in METHODS if each == method), None)
+    if colon and not scheme.has_methods:
+        raise ConfigError(f"scheme {scheme.name} has no methods, so {method!r} has no effect")
+    if colon and known is None:
+        raise ConfigError(f"unknown method {method!r}", hint=f"one of {', '.join(METHODS)}")
+    return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix), method=known)
+
+
+def parse_schemes(text: str) -> list[str]:
+    """``w8a8,w4a16:gptq`` as a list.
+
+    Raises:
+        ConfigError: it is empty, or names one twice.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("compare names no scheme")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"compare names {twice} twice")
+    return names

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from qcompile.e4m3 import LARGEST, rounded
+from qcompile.float4 import as_float4
 from qcompile.gradients import Seen, kept_columns
 from qcompile.linears import Linear
 from qcompile.outliers import Split
@@ -134,7 +135,7 @@ def quantized_activation(
         blockwise: see `Target.blockwise`.
     """
     if not op.coded:
-        if not blockwise:
+        if not blockwise or as_float4(op.precision) is not None:
             return x
         assert op.weight is not None and op.weight.block_size is not None
         return _per_block(x, op.weight.block_size)

@@ -10,13 +10,17 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.awq import ALPHAS as AWQ_ALPHAS
+from qcompile.awq import awq_errors, awq_scale
 from qcompile.calibration.stats import Stats
 from qcompile.config import CompileConfig, Smooth
 from qcompile.gradients import Importance
 from qcompile.linears import Linear, Site
+from qcompile.methods import FOLDED
 from qcompile.noise import WeightMoments, output_error
 from qcompile.precision import Choice
 from qcompile.producers import Producer, Refusal, find_producer, inserted_mul
+from qcompile.rounding import Rounding, rounding_of
 
 Array = npt.NDArray[Any]
 
@@ -98,9 +102,10 @@ def plan_smoothing(
 
     Args:
         sites: in graph order.
-        stats: by site name, with histograms; of sites that are going to be INT8.
-        config: `smooth` and the recipe.
-        chosen: which Linears are going to be INT8; a site without any is left alone.
+        stats: by site name, with histograms; of sites that are going to be INT8 or are AWQ's.
+        config: `smooth`, the method of weights alone, and the recipe.
+        chosen: which Linears are going to be INT8; a site without any is left alone, but where
+            weights alone are rounded by AWQ.
         replayed: α by site, of an earlier plan, in place of `smooth`.
         importance: of the channels of every Linear and site; None: all outputs count alike.
     """
@@ -113,8 +118,9 @@ def plan_smoothing(
         smooth = _smooth_of(site, config, replayed or {})
         forced = site.name in (replayed or {})
         moments = partial(_moments, site, columns, importance)
+        rounding = _folded_rounding(site, chosen, config)
         entry = _plan_site(
-            site, linears, stats.get(site.name), smooth, forced, columns, chosen, moments
+            site, linears, stats.get(site.name), smooth, forced, columns, chosen, moments, rounding
         )
         entries.append(entry)
         producer = entry.producer
@@ -133,13 +139,13 @@ def _plan_site(
     columns: Mapping[str, Array],
     chosen: Mapping[str, Choice],
     moments: Callable[[], WeightMoments],
+    rounding: Rounding | None,
 ) -> Smoothing:
     nothing = Smoothing(site.name, None, "", np.ones(site.channels))
     planned = [linear for linear in site.linears if chosen[linear.name].mode is not None]
-    if not planned:
+    if not planned and rounding is None:
         return dataclasses.replace(nothing, reason="not quantised")
-    activations, precision = chosen[planned[0].name].mode, chosen[planned[0].name].precision
-    assert activations is not None and stats is not None
+    assert stats is not None
     if smooth == "off":
         return dataclasses.replace(nothing, reason="off, as asked")
     producer = find_producer(site, linears)
@@ -153,12 +159,19 @@ def _plan_site(
     weights = moments()
     groups = producer.channels
     candidates: dict[float | None, Array] = {None: np.ones(site.channels)}
-    for alpha in ALPHAS if smooth == "auto" else (float(smooth),):
-        candidates[alpha] = smoothing_scale(stats.absmax, weights.largest, alpha, groups)
-    fp8 = precision == "fp8"
-    errors = {
-        a: output_error(stats, weights, s, activations, fp8=fp8) for a, s in candidates.items()
-    }
+    if rounding is not None:
+        for alpha in AWQ_ALPHAS if smooth == "auto" else (float(smooth),):
+            candidates[alpha] = awq_scale(stats, alpha, groups)
+        errors = awq_errors(stats, weights.weights, candidates, rounding)
+    else:
+        choice = chosen[planned[0].name]
+        assert choice.mode is not None
+        for alpha in ALPHAS if smooth == "auto" else (float(smooth),):
+            candidates[alpha] = smoothing_scale(stats.absmax, weights.largest, alpha, groups)
+        predict = partial(
+            output_error, stats, weights, activations=choice.mode, fp8=choice.precision == "fp8"
+        )
+        errors = {a: predict(s) for a, s in candidates.items()}
     alpha_best = min(errors, key=lambda a: errors[a]) if smooth == "auto" else float(smooth)
     if alpha_best is None:
         return dataclasses.replace(nothing, reason="smoothing would not lessen the output error")
@@ -183,6 +196,16 @@ def _plan_site(
         producer_scale=producer_scale,
         consumers=tuple(linear.name for linear in site.linears),
     )
+
+
+def _folded_rounding(
+    site: Site, chosen: Mapping[str, Choice], config: CompileConfig
+) -> Rounding | None:
+    """How weights of `site` are rounded, where it is by AWQ and no activation is quantised."""
+    if any(chosen[linear.name].mode is not None for linear in site.linears):
+        return None
+    found = [rounding_of(x.name, chosen[x.name].precision, config) for x in site.linears]
+    return next((r for r in found if r is not None and r.method in FOLDED), None)
 
 
 def _moments(

@@ -18,6 +18,9 @@ from typing import Final
 
 from qcompile.errors import OutputError
 
+COMPARISON: Final = "qcompile-compare.json"
+"""What tells a folder of several artifacts from somebody's own."""
+
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _AGAIN_SECONDS: Final = 0.05
 _ALMOST_NOTHING: Final = 1 << 20
@@ -80,7 +83,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{output} exists", hint="pass --overwrite to replace it")
     if not output.is_dir() or output.is_symlink():
         raise OutputError(f"{output} is not a folder, and is not replaced")
-    if any(output.iterdir()) and not (output / "qcompile.json").is_file():
+    ours = any((output / name).is_file() for name in ("qcompile.json", COMPARISON))
+    if any(output.iterdir()) and not ours:
         # --overwrite replaces an artifact; it must not delete somebody's home folder.
         raise OutputError(f"{output} is not a qcompile artifact, and is not replaced")
 

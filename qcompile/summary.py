@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,9 +11,12 @@ from rich.table import Table
 
 from qcompile.artifact import PAGE, Artifact
 from qcompile.benching import Rate
-from qcompile.headline import headline, megabytes
+from qcompile.comparing import Row
+from qcompile.headline import FIGURES, headline, megabytes
+from qcompile.methods import SUMMARIES
 from qcompile.precision import LABELS
 from qcompile.report import CandidateRow, Planning, Report
+from qcompile.schemes import CACHES, SCHEMES
 from qcompile.targets import Target
 
 
@@ -120,6 +123,18 @@ def _listed(changes: Mapping[str, str]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
+def scheme_lines() -> Iterator[str]:
+    """Every scheme, and what may follow its name."""
+    for scheme in SCHEMES.values():
+        yield f"{scheme.name:10} {scheme.summary}"
+    having = " and ".join(s.name for s in SCHEMES.values() if s.has_methods)
+    yield f"Methods of {having}, after a colon:"
+    for method, summary in SUMMARIES.items():
+        yield f"  :{method:9} {summary}"
+    for suffix, bits in CACHES.items():
+        yield f"…{suffix:9} any of these, keys and values kept in {bits} bits"
+
+
 def targets_table(targets: Mapping[str, type[Target]]) -> Table:
     """Every target and its capability table."""
     table = Table()
@@ -153,4 +168,23 @@ def rates_table(rates: Sequence[Rate]) -> Table:
             f"{rate.decode:.1f}",
             f"{rate.decode / first.decode:.2f}×",
         )
+    return table
+
+
+def comparison_table(rows: Sequence[Row], title: str) -> Table:
+    """One scheme a line: size, what it does to accuracy, how fast."""
+    made = [row for row in rows if row.error is None]
+    figures = [name for name in FIGURES if any(name in row.accuracy for row in made)]
+    shapes = list(dict.fromkeys(shape for row in made for shape in row.speed))
+    table = Table(title=escape(title))
+    for heading in ("scheme", "size", *(FIGURES[name][0] for name in figures)):
+        table.add_column(heading)
+    for shape in shapes:
+        table.add_column(f"speed at {shape}")
+    table.add_column("")
+    for row in rows:
+        cells = [f"{row.accuracy[name]:.4g}" if name in row.accuracy else "" for name in figures]
+        cells += [f"{row.speed[shape]:.2f}" if shape in row.speed else "" for shape in shapes]
+        size = "" if row.error is not None else megabytes(row.bytes)
+        table.add_row(row.scheme, size, *cells, escape(row.error or ""))
     return table

@@ -47,7 +47,9 @@ class Target(abc.ABC):
     summary: str
     variants: tuple[str, ...] = ()
     capabilities: tuple[Capability, ...] = ()
-    schemes: tuple[str, ...] = ("fp32", "w8a8", "w8a16", "w4a16", "checkpoint")
+    schemes: tuple[str, ...] = (
+        "fp32", "w8a8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4", "checkpoint"
+    )  # fmt: skip
     """Names of the schemes that it runs."""
     floats: Floats = "float32"
     """The type that quantised models keep for the rest."""

@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import InlinePass
+from qcompile.passes.bnb4 import KERNEL as BNB4
+from qcompile.passes.bnb4 import TableMatMul
 from qcompile.passes.integer_matmul import CONTRIB, KERNEL, IntegerMatMul
 from qcompile.passes.weight_only import KERNEL as NBITS
 from qcompile.passes.weight_only import WeightOnlyMatMul
@@ -25,6 +27,7 @@ from qcompile.weight_blocks import BITS
 
 _KERNEL: Final = f"{CONTRIB}.{KERNEL}"
 _NBITS_KERNEL: Final = f"{CONTRIB}.{NBITS}"
+_BNB4_KERNEL: Final = f"{CONTRIB}.{BNB4}"
 _DYNAMIC_KERNEL: Final = f"{CONTRIB}.DynamicQuantizeMatMul"
 
 
@@ -71,6 +74,8 @@ class OrtCpu(Target):
             "activations to int8 per block inside the kernel; slower than float at many rows",
         ),
         Capability("MatMul", "weight4", "int4 per block of 32", _NBITS_KERNEL, "as weight8"),
+        Capability("MatMul", "nf4", "NF4 per block of 64", _BNB4_KERNEL, "small, and slow"),
+        Capability("MatMul", "fp4", "FP4 per block of 64", _BNB4_KERNEL, "as nf4"),
     )
 
     def __init__(self, variant: str = "") -> None:
@@ -104,7 +109,9 @@ class OrtCpu(Target):
             "host_u8s8_saturates": host_saturates(),
             "target_u8s8_saturates": self.saturates,
             "onnxruntime": ort.__version__,
-            "kernels": {f"{CONTRIB}.{name}": has_kernel(name, CONTRIB) for name in (KERNEL, NBITS)},
+            "kernels": {
+                f"{CONTRIB}.{name}": has_kernel(name, CONTRIB) for name in (KERNEL, NBITS, BNB4)
+            },
             "cache_bits": [bits for bits in STORED if cached_codes_obstacle(bits) is None],
         }
 
@@ -121,7 +128,7 @@ class OrtCpu(Target):
         # Blocks that the source came with stay as they are: nobody chose int8 activations for them.
         planned = any(op.precision in BITS for op in plan.quantized)
         weights = (WeightOnlyMatMul(),) if planned else ()
-        return (IntegerMatMul(), *weights, InlinePass())
+        return (IntegerMatMul(), *weights, TableMatMul(), InlinePass())
 
     def capability(self, op: str, label: Label) -> Capability | None:
         # The table is what ONNX Runtime documents; a reduced build may lack the kernel.
@@ -134,7 +141,7 @@ class OrtCpu(Target):
 
     def kernels_for(self, op: OpPlan, plan: PrecisionPlan) -> tuple[str, ...]:
         if op.precision != "int8":
-            return (_NBITS_KERNEL,)
+            return (_BNB4_KERNEL if op.precision in ("nf4", "fp4") else _NBITS_KERNEL,)
         site = plan.site(op.site)
         if site is not None and site.activation.mode == "dynamic":
             # ONNX Runtime joins the two where a dynamic activation has one reader.

@@ -21,6 +21,8 @@ FACTORS = {
     "split": 0.52,
     "weight8": 1.5,
     "weight4": 1.2,
+    "nf4": 2.0,
+    "fp4": 2.0,
     "quantize-static": 1.0,
     "quantize-dynamic": 1.5,
     "quantize-token": 5.0,

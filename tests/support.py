@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,15 @@ def run_model(model: ir.Model, feed: Feed, *, optimise: bool = True) -> dict[str
     wanted = {i.name for i in session.get_inputs()}
     outputs = session.run(names, {k: v for k, v in feed.items() if k in wanted})
     return dict(zip(names, outputs, strict=True))
+
+
+def narrow(folder: Path) -> Path:
+    """A file of one Linear of 96 input channels, ``y = x @ w``."""
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+      g (float[B,96] x, float[96,16] w) => (float[B,16] y) { y = MatMul (x, w) }"""
+    weight = np.random.default_rng(0).standard_normal((96, 16)).astype(np.float32)
+    ir.save(from_text(text, w=weight), folder / "narrow.onnx")
+    return folder / "narrow.onnx"
 
 
 def ops(model: ir.Model) -> list[str]:

@@ -15,6 +15,7 @@ import pytest
 
 import qcompile
 from qcompile import cli
+from qcompile.methods import METHODS
 from tests.cli_runner import Outcome, RunCli
 
 KEYS = {
@@ -146,8 +147,11 @@ def test_schemes(run_cli: RunCli) -> None:
     outcome = run_cli("schemes")
     assert (outcome.status, outcome.stderr) == (0, "")
     names = [line.split()[0] for line in outcome.stdout.splitlines()]
-    wanted = ["fp32", "fp16", "w8a8", "fp8", "w8a16", "w4a16", "checkpoint", "…kv8", "…kv4"]
-    assert names == wanted
+    schemes = [
+        "fp32", "fp16", "w8a8", "fp8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4", "checkpoint"
+    ]  # fmt: skip
+    methods = [f":{method}" for method in METHODS]
+    assert names == [*schemes, "Methods", *methods, "…kv8", "…kv4"]
 
 
 def test_inspect(run_cli: RunCli, compiled_tiny: qcompile.Artifact) -> None:

@@ -243,8 +243,9 @@ def test_an_empty_recipe_file(tmp_path: Path) -> None:
 
 
 def test_schemes() -> None:
-    wanted = ["fp32", "fp16", "w8a8", "fp8", "w8a16", "w4a16", "checkpoint"]
-    assert list(SCHEMES) == wanted
+    assert list(SCHEMES) == [
+        "fp32", "fp16", "w8a8", "fp8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4", "checkpoint"
+    ]  # fmt: skip
     assert get_scheme("w8a8").quantizes
     with pytest.raises(ConfigError) as error:
         get_scheme("w3a3")

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from qcompile.passes.bnb4 import KERNEL as BNB4
 from qcompile.passes.weight_only import KERNEL
 
 import qcompile
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, ModelError
 from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.schemes import SCHEMES
 from qcompile.sensitivity import quantized_activation
 from qcompile.weight_blocks import quantize_blocks
+from tests.support import narrow
 
 
 @pytest.fixture
@@ -100,3 +102,75 @@ def test_a_kernel_that_leaves_activations_alone_does_no_damage_by_them() -> None
     x = torch.from_numpy(rng.standard_normal((3, 64)).astype(np.float32))
     assert torch.equal(quantized_activation(x, op, plan, blockwise=False), x)
     assert not torch.equal(quantized_activation(x, op, plan), x)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "label", "kernel"),
+    [
+        ("w4a16:hqq", "weight4", KERNEL),
+        ("w4a16:awq", "weight4", KERNEL),
+        ("w4a8:gptq", "weight4", KERNEL),
+        ("w8a16:awq+gptq", "weight8", KERNEL),
+        ("nf4", "nf4", BNB4),
+        ("fp4", "fp4", BNB4),
+    ],
+)
+def test_every_method_runs_by_its_kernel(
+    compiled: Any, scheme: str, label: str, kernel: str
+) -> None:
+    artifact = compiled(scheme, objective="scheme")
+    report = artifact.report
+    assert {op.precision for op in report.ops} == {label}
+    assert {op.kernel for op in report.ops} == {f"com.microsoft.{kernel}"}
+    assert 0.0 < report.accuracy["kl"] < 0.1
+    assert ("calibrate" in report.seconds) == ("awq" in scheme)
+    assert any(row.alpha for row in report.sites) == ("awq" in scheme)
+
+
+def test_gptq_is_nearer_to_float_and_replays(compiled: Any, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    options = {"symmetric": False, "objective": "scheme", "block_size": 64}
+    plain = compiled("w4a16:rtn", **options)
+    recipe = {"lm_head": "w4a16:rtn"}
+    better = compiled("w4a16:gptq", **options, recipe=recipe, plan_out=plan)
+    assert better.report.accuracy["kl"] < 0.8 * plain.report.accuracy["kl"]
+    assert better.report.bytes == pytest.approx(plain.report.bytes, abs=64)
+    again = compiled("w4a16:gptq", symmetric=False, block_size=64, plan_in=plan)
+    name = "model.onnx.data"
+    assert (again.path / name).read_bytes() == (better.path / name).read_bytes()
+
+
+def test_bits_per_tensor_under_a_limit_on_size(compiled: Any) -> None:
+    small, large = (compiled(s, objective="scheme").report.bytes for s in ("w4a16", "w8a16"))
+    limit = (small + large) // 2
+    artifact = compiled("mixed", objective="accuracy", max_size=limit)
+    assert {"weight4", "weight8"} <= {op.precision for op in artifact.report.ops}
+    assert (artifact.path / "model.onnx.data").stat().st_size <= limit
+
+
+def test_blocks_that_do_not_divide_a_depth_have_no_table(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="96 input channels are no multiple of the block's 64"):
+        qcompile.compile(
+            narrow(tmp_path),
+            scheme="nf4",
+            calibration=[{"x": np.ones((2, 96), np.float32)}] * 4,
+            config=qcompile.CompileConfig(objective="scheme"),
+            output=tmp_path / "out",
+        )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "message"),
+    [
+        ("w4a16:gptq", {"method": "awq"}, "contradict each other"),
+        ("w8a8", {"method": "gptq"}, "scheme w8a8 has no weights in blocks"),
+        ("fp32", {"block_size": 64}, "so block_size has no effect"),
+        ("nf4", {"symmetric": True}, "so symmetric has no effect"),
+        ("w8a8", {"recipe": {"*": {"method": "gptq"}}}, "gives a method, and scheme w8a8 has none"),
+    ],
+)
+def test_methods_without_effect_are_refused(
+    compiled: Any, scheme: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compiled(scheme, **options)

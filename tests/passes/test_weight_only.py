@@ -189,6 +189,30 @@ def test_other_sizes_of_block(bits: Bits, block_size: int) -> None:
     close(run_model(model, {"x": x})["y"], rounded(x, block_size) @ restored(weight))
 
 
+ASYMMETRIC = """g (float[M,80] x, int{bits}[80,20] wq, float[{blocks},20] ws,
+  int{bits}[{blocks},20] wz) => (float[M,20] y) {{
+  v = DequantizeLinear <axis = 0, block_size = {size}> (wq, ws, wz) y = MatMul (x, v) }}"""
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("bits", BOTH)
+def test_zero_points(bits: Bits, block_size: int) -> None:
+    """An odd number of blocks, the last of 32 half empty."""
+    weight = quantize_blocks(WEIGHT + 1, bits=bits, block_size=block_size, symmetric=False)
+    assert weight.zero_point is not None and weight.zero_point.any()
+    points = weight.zero_point if bits == 8 else weight.zero_point.astype(ml_dtypes.int4)
+    text = ASYMMETRIC.format(bits=bits, blocks=len(weight.scale), size=block_size)
+    model = typed(from_text(HEADER + text, wq=stored(weight), ws=weight.scale, wz=points))
+    feed: Feed = {"x": activation(7, K, block_size=block_size)}
+    wanted = rounded(feed["x"], block_size) @ restored(weight)
+    close(run_model(model, {"x": rounded(feed["x"], block_size).astype(np.float32)})["y"], wanted)
+    assert WeightOnlyMatMul()(model).modified
+    assert ops(model) == [f"{CONTRIB}.{KERNEL}"]
+    close(run_model(model, feed)["y"], wanted)
+    check_model(model)
+    assert_idempotent(WeightOnlyMatMul(), model)
+
+
 @pytest.mark.parametrize("bits", BOTH)
 @pytest.mark.parametrize("bias", ["none", "right"])
 def test_the_kernel_runs_under_the_name_of_the_linear(
@@ -270,7 +294,7 @@ SCALE = quantize_blocks(WEIGHT, bits=8).scale
             "v = DequantizeLinear <axis = 0, block_size = 32> (wq, ws, wz)",
             "int8[80,20] wq, float[3,20] ws, int8[3,20] wz",
             {"wq": CODES, "ws": SCALE},
-            id="zero-point-that-is-an-input",
+            id="computed-zero-point",
         ),
         pytest.param(
             "v = DequantizeLinear <axis = 0, block_size = 32> (wq, ws)",

@@ -116,7 +116,8 @@ def test_probe_says_what_host_it_is() -> None:
     assert found["host_u8s8_saturates"] is host_saturates()
     assert found["target_u8s8_saturates"] is False
     assert found["onnxruntime"] == ort.__version__
-    assert found["kernels"] == {f"{CONTRIB}.{name}": True for name in (KERNEL, "MatMulNBits")}
+    kernels = (KERNEL, "MatMulNBits", "MatMulBnb4")
+    assert found["kernels"] == {f"{CONTRIB}.{name}": True for name in kernels}
     assert found["cache_bits"] == [8, 4]
     assert get_target("ort-cpu").probe()["variant"] == "host"
 

@@ -1,0 +1,98 @@
+"""The codes of weights that a method finds for itself; `qcompile.planning` rounds the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.calibration.stats import Stats
+from qcompile.clipping import clipped_range
+from qcompile.config import CompileConfig
+from qcompile.gptq import importance_in_blocks, quantize_gptq
+from qcompile.hqq import quantize_hqq
+from qcompile.linears import Linear, find_sites
+from qcompile.methods import SEQUENTIAL
+from qcompile.planning import weight_of
+from qcompile.precision import Choice, QuantizedWeight
+from qcompile.rounding import Rounding, rounding_of
+from qcompile.sequence import round_in_sequence
+from qcompile.smoothing import SmoothingPlan
+from qcompile.spill import release
+from qcompile.traced import Batch
+from qcompile.weight_blocks import in_blocks
+
+Array = npt.NDArray[Any]
+
+
+def find_codes(
+    model: ir.Model,
+    chosen: Mapping[str, Choice],
+    stats: Mapping[str, Stats],
+    smoothing: SmoothingPlan,
+    config: CompileConfig,
+    batches: Sequence[Batch],
+    work: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, QuantizedWeight]:
+    """Codes of every op whose method is more than rounding to nearest.
+
+    Args:
+        model: the float graph, smoothed; its weights in `work`.
+        chosen: the implementation of every Linear.
+        stats: of activations before smoothing, for the methods that scale.
+        smoothing: what the graph was smoothed by.
+        config: method, blocks and the recipe.
+        batches: calibration feeds.
+        work: folder for graphs.
+        progress: called with (sites done, sites in all).
+
+    Raises:
+        CalibrationError: an activation is NaN or infinite on the data.
+    """
+    roundings = {name: rounding_of(name, c.precision, config) for name, c in chosen.items()}
+    found: dict[str, QuantizedWeight] = {}
+    sites = find_sites(model.graph)
+    for done, site in enumerate(sites):
+        for linear in site.linears:
+            rounding = roundings[linear.name]
+            if rounding is None or rounding.method not in ("mse", "hqq", "awq"):
+                continue
+            moment = None
+            if rounding.method == "awq":
+                moment = stats[site.name].second_moment / smoothing.scale_of(site.name) ** 2
+            found[linear.name] = _alone(weight_of(linear), rounding, moment)
+            if progress:
+                progress(done + 1, len(sites))
+        release(model)
+    in_turn = frozenset(n for n, r in roundings.items() if r and r.method in SEQUENTIAL)
+    if not in_turn:
+        return found
+
+    def round_(linear: Linear, gram: Array) -> QuantizedWeight:
+        rounding = roundings[linear.name]
+        assert rounding is not None
+        return quantize_gptq(
+            weight_of(linear),
+            gram,
+            bits=rounding.bits,
+            block_size=rounding.block_size,
+            symmetric=rounding.symmetric,
+        )
+
+    return found | round_in_sequence(model, in_turn, batches, work, round_, progress)
+
+
+def _alone(weight: Array, rounding: Rounding, moment: Array | None) -> QuantizedWeight:
+    """By a method that looks at one weight, and at most at E[x²] of its input channels."""
+    if rounding.method == "hqq":
+        return quantize_hqq(weight, bits=rounding.bits, block_size=rounding.block_size)
+    blocks = in_blocks(weight, rounding.block_size)
+    counts = None
+    if moment is not None:
+        counts = importance_in_blocks(moment, rounding.block_size)
+    grid = clipped_range(blocks, counts, bits=rounding.bits, symmetric=rounding.symmetric)
+    return grid.weight(grid.nearest(blocks), len(weight))

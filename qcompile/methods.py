@@ -1,0 +1,36 @@
+"""Methods that find the codes of a weight whose activation stays in float: what may follow a
+scheme's name after a colon."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, TypeAlias, get_args
+
+Method: TypeAlias = Literal["rtn", "mse", "hqq", "awq", "gptq", "awq+gptq"]
+
+METHODS: Final[tuple[Method, ...]] = get_args(Method)
+
+SUMMARIES: Final[dict[Method, str]] = {
+    "rtn": "each weight to the nearest code; the default",
+    "mse": "a smaller range per block where that lessens its squared error",
+    "hqq": "half-quadratic zero points, no data (Badri and Shaji, 2023)",
+    "awq": "input channels scaled by what calibration saw, ranges searched (arXiv 2306.00978)",
+    "gptq": "errors made up for by the weights rounded later, layer after layer (arXiv 2210.17323)",
+    "awq+gptq": "both: AWQ's scales, then GPTQ's rounding",
+}
+
+FOLDED: Final[tuple[Method, ...]] = ("awq", "awq+gptq")
+"""Methods that scale a weight's input channels, as smoothing does."""
+
+SEQUENTIAL: Final[tuple[Method, ...]] = ("gptq", "awq+gptq")
+"""Methods that see what the layers before, already rounded, hand on."""
+
+CALIBRATED: Final[tuple[Method, ...]] = ("awq", "gptq", "awq+gptq")
+"""Methods that look at calibration data."""
+
+BLOCK_SIZES: Final = (32, 64, 128)
+
+
+def is_symmetric(method: Method, asked: bool | None) -> bool:
+    """Whether blocks have no zero point: as asked, else only where weights are rounded to nearest,
+    whose artifacts stay what they were."""
+    return method == "rtn" if asked is None else asked
