@@ -12,8 +12,9 @@ import pytest
 
 import qcompile
 from qcompile.checkpoints import StoredActivation, quantized_by
-from qcompile.errors import ModelError
+from qcompile.errors import ConfigError, ModelError
 from qcompile.frontend.onnx_file import load_onnx
+from qcompile.frontend.qdq import file_has_scales
 from qcompile.session import open_session
 from tests.checkpoints.shipped import shipped_weights
 from tests.support import from_text, run_model
@@ -37,7 +38,7 @@ def write(path: Path, body: str, declared: str, **constants: Any) -> Path:
 
 
 ACTIVATION = "q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) "
-FORMS = {
+FORMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "codes": (
         "v = DequantizeLinear <axis = 1> (w, t) y = MatMul (d, v)",
         f"int8[{K},{N}] w, float[{N}] t",
@@ -236,6 +237,29 @@ def test_codes_that_no_product_reads_are_told(tmp_path: Path) -> None:
     checkpoint = load_onnx(path).checkpoint
     assert checkpoint is not None
     assert checkpoint.notes == ("no matrix product reads the codes of k: float there",)
+
+
+def test_generated_inputs_are_said_to_measure_accuracy_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def once(path: Path) -> bool:
+        opened.append(path)
+        return file_has_scales(path)
+
+    monkeypatch.setattr("qcompile.frontend.qdq.file_has_scales", once)
+    path = two_products(tmp_path / "m.onnx", "n = MatMul (x, r)")
+    small = qcompile.CompileConfig(samples=4, strict=False)
+    artifact = qcompile.compile(path, target="ort-cpu:vnni", config=small, output=tmp_path / "out")
+    assert opened == [path]
+    told = "accuracy was measured on random inputs, not on real data; give --calibration"
+    assert told in artifact.report.warnings
+    assert not any("--activations" in warning for warning in artifact.report.warnings)
+    with pytest.raises(ConfigError, match="already says how activations are, so activations has"):
+        qcompile.compile(
+            path, config=qcompile.CompileConfig(activations="dynamic"), output=tmp_path / "o"
+        )
 
 
 def test_weights_in_blocks_of_four_bits(tmp_path: Path) -> None:
