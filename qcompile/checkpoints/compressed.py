@@ -129,7 +129,7 @@ def activation(
     """How the activation that `name` reads is quantised, or None where it is not.
 
     Raises:
-        ModelError: a static scale is missing or no single number.
+        ModelError: a static scale is missing or no single number, a zero point no code.
     """
     inputs = _group_of(name, settings).get("input_activations")
     if inputs is None:
@@ -142,6 +142,8 @@ def activation(
     zero = 0
     if f"{name}.input_zero_point" in tensors:
         zero = int(tensors.tensor(f"{name}.input_zero_point").item())
+        if not -128 <= zero <= 127:
+            raise ModelError(f"{name}.input_zero_point is {zero}, which is no int8")
     return StoredActivation("static", scale.item(), zero)
 
 

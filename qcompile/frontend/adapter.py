@@ -87,7 +87,7 @@ def _load(module: Any, folder: Path, mode: AdapterMode) -> Any:
         kind = "DORA" if kind == "LORA" else kind
         raise ModelError(
             f"adapter {folder} is of type {kind}, and only LoRA can be kept beside the weights",
-            hint="without --keep-adapter it is merged",
+            hint="into a float model such an adapter can be merged",
         )
     return PeftModel.from_pretrained(module, folder)
 

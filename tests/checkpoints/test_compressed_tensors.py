@@ -172,6 +172,18 @@ def test_zero_points_that_are_no_codes_are_refused(model: Any, tmp_path: Path) -
         qcompile.compile(tmp_path, output=tmp_path / "out")
 
 
+def test_a_zero_point_of_activations_that_is_no_code_is_refused(
+    model: Any, tmp_path: Path
+) -> None:  # fmt: skip
+    folder(tmp_path, model, "int-quantized", bits=8, inputs=STATIC)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.input_zero_point"] = torch.tensor([200])
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="input_zero_point is 200, which is no int8"):
+        open_folder(tmp_path, quantization_settings(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
