@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +12,7 @@ from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, E4M3, QUANTIZE, per_to
 from qcompile.passes.table_codes import NAME, table_function
 
 from qcompile.e4m3 import E4M3 as CODES
+from qcompile.errors import ModelError
 from qcompile.linears import Linear, find_linears
 from qcompile.names import set_module_path
 from qcompile.precision import OpPlan, PrecisionPlan, SitePlan
@@ -100,7 +103,7 @@ def _in_order(
         index = constant(graph, f"{op.name}.order", order.astype(np.int64))
         node = ir.node("Gather", [linear.x, index], {"axis": -1}, name=f"{op.name}/order")
         node.outputs[0].shape, node.outputs[0].type = linear.x.shape, linear.x.type
-        graph.insert_before(linear.matmul, node)
+        _insert_after(graph, linear.x, [node])
         shared[key] = node.outputs[0]
     return shared[key]
 
@@ -118,9 +121,11 @@ def _add_offset(
         return
     size = weight.block_size
     key = (x, size)
-    tape = ir.tape.Tape()
     if key not in shared:
-        assert x.shape is not None and size is not None
+        assert size is not None, f"{op.name} has offsets without blocks"
+        if x.shape is None:
+            raise ModelError(f"{op.name}: the shape of what it reads is not known")
+        tape = ir.tape.Tape()
         axes = [*[0] * (len(x.shape) - 1), -1, size]
         shape = shared_constant(graph, "blocks", np.array(axes, np.int64))
         last = shared_constant(graph, "axis", np.array([-1], np.int64))
@@ -129,21 +134,37 @@ def _add_offset(
         sums.shape = ir.Shape([*x.shape[:-1], len(weight.offset)])
         blocks.shape = ir.Shape([*sums.shape, size])
         blocks.type = sums.type = x.type
+        _name(tape, f"{op.name}/offset/sums")
+        _insert_after(graph, x, tape.nodes)
         shared[key] = sums
+    tape = ir.tape.Tape()
     offset = constant(graph, f"{op.name}.weight_offset", weight.offset)
     product = linear.matmul.outputs[0]
     added = tape.op("MatMul", [shared[key], offset])
     result = tape.op("Add", [product, added])
     for value in (added, result):
         value.shape, value.type = product.shape, product.type
-    for at, node in enumerate(tape.nodes):
-        node.name = f"{op.name}/offset/{at}/{node.op_type}"
+    _name(tape, f"{op.name}/offset")
     is_output = product.is_graph_output()
     product.replace_all_uses_with(result, replace_graph_outputs=is_output)
     result.producer().replace_input_with(0, product)  # type: ignore[union-attr]
     graph.insert_after(linear.matmul, list(tape.nodes))
     if is_output:
         result.name, product.name = product.name, f"{product.name}/codes"
+
+
+def _insert_after(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """Where `x` is known: before all that read it, whichever of them was planned first."""
+    producer = x.producer()
+    if producer is None:
+        graph.insert_before(graph[0], list(nodes))
+    else:
+        graph.insert_after(producer, list(nodes))
+
+
+def _name(tape: ir.tape.Tape, prefix: str) -> None:
+    for node in tape.nodes:
+        node.name = f"{prefix}/{node.op_type}"
 
 
 def _quantize_weight(graph: ir.Graph, linear: Linear, op: OpPlan, x_hat: ir.Value) -> None:

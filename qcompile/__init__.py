@@ -73,12 +73,12 @@ def compile(
     from qcompile.checkpoints.scheme import choose_scheme
     from qcompile.pipeline import compile_model
 
-    scheme = choose_scheme(model, scheme)
-    folder = Path(output) if output is not None else default_output(model, target, scheme)
+    chosen = choose_scheme(model, scheme)
+    folder = Path(output) if output is not None else default_output(model, target, chosen.name)
     return compile_model(
         model,
         target=target,
-        scheme=scheme,
+        scheme=chosen,
         calibration=calibration,
         config=config or CompileConfig(),
         output=folder,

@@ -182,10 +182,10 @@ def compile_command(
         return
     # What can be known to be wrong without the model is said before torch is imported.
     get_target(target)
-    scheme = choose_scheme(model, scheme)
+    chosen = choose_scheme(model, scheme)
     from qcompile import default_output
 
-    folder = output or default_output(model, target, scheme)
+    folder = output or default_output(model, target, chosen.name)
     check_output(folder, overwrite=overwrite)
 
     from qcompile.pipeline import compile_model
@@ -196,7 +196,7 @@ def compile_command(
     artifact = compile_model(
         model,
         target=target,
-        scheme=scheme,
+        scheme=chosen,
         calibration=calibration,
         config=config,
         output=folder,

@@ -11,6 +11,7 @@ import pydantic
 from rich.console import Console
 
 from qcompile import frontend
+from qcompile.checkpoints.scheme import choose_scheme
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, QcompileError
 from qcompile.pipeline import Calibration, Shared, checked, compile_shared
@@ -64,14 +65,15 @@ def compare_schemes(
     """
     if config.plan_in is not None or config.plan_out is not None:
         raise ConfigError("a plan is of one scheme, so plan_in and plan_out are not for comparing")
-    ready = {name: checked(source, target, name, calibration, config) for name in schemes}
+    chosen = {name: choose_scheme(source, name) for name in schemes}
+    ready = {name: checked(target, chosen[name], calibration, config) for name in schemes}
     rows: dict[str, Row] = {}
     errors: list[QcompileError] = []
     with staged(output, overwrite=overwrite) as (folder, work):
         shared = Shared(source, calibration, work, several=True)
         # What needs real data comes first: the others take whatever there is.
-        for name in sorted(schemes, key=lambda name: not ready[name][1].calibrates):
-            own_target, scheme, own_config = ready[name]
+        for name in sorted(schemes, key=lambda name: not chosen[name].calibrates):
+            scheme, (own_target, own_config) = chosen[name], ready[name]
             own = folder / name.replace(":", "-")
             own.mkdir()
             phases = Phases(console)

@@ -94,10 +94,6 @@ class Recipe(_Frozen):
         """Whether a rule asks for codes of activations, whatever the scheme."""
         return any(rule.coded for _, rule in self.rules)
 
-    def before(self, other: Recipe) -> Recipe:
-        """The rules of `other`, then these."""
-        return Recipe(rules=(*other.rules, *self.rules))
-
     def unmatched(self, paths: list[str]) -> list[str]:
         """Globs that match none of `paths`: almost always a spelling mistake."""
         return [g for g, _ in self.rules if not any(fnmatch.fnmatchcase(p, g) for p in paths)]

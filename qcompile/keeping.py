@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -25,11 +27,32 @@ from qcompile.weights import violations
 
 Array = npt.NDArray[Any]
 
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """What computes a Linear, and why.
+
+    Attributes:
+        label: the implementation.
+        source: where its weight is from.
+        obstacle: why it is not computed as the checkpoint has it, or None where it is.
+    """
+
+    label: Label
+    source: str
+    obstacle: str | None = None
+
+    @property
+    def choice(self) -> Choice:
+        reason = self.source if self.obstacle is None else f"{self.source}; {self.obstacle}"
+        return Choice(self.label, reason)
+
+
 _NAMES: Final[dict[int, Label]] = {8: "weight8", 4: "weight4"}
 
 
 def keep_plan(
-    sites: list[Site], checkpoint: Checkpoint, target: Target
+    sites: list[Site], checkpoint: Checkpoint, target: Target, adapter: Collection[str] = ()
 ) -> tuple[PrecisionPlan, list[str]]:
     """The plan that gives every Linear the codes that the checkpoint has for it.
 
@@ -37,6 +60,7 @@ def keep_plan(
         sites: of the float graph, which was traced from the same codes.
         checkpoint: what was read.
         target: its kernels.
+        adapter: modules of an adapter, which are in float.
 
     Returns:
         The plan, and what a user has to know of it.
@@ -47,19 +71,25 @@ def keep_plan(
     site_plans: list[SitePlan] = []
     ops: list[OpPlan] = []
     placed: set[str] = set()
+    other: list[str] = []
     for site in sites:
         kept = {linear.name: _kept(linear, checkpoint) for linear in site.linears}
         chosen = {
-            linear.name: _choice(linear, kept[linear.name], checkpoint, target)
+            linear.name: _Kept("float", "adapter")
+            if linear.module in adapter
+            else _choice(linear, kept[linear.name], checkpoint, target)
             for linear in site.linears
         }
-        quantised = _site_plan(site, chosen, checkpoint)
+        quantised, chosen = _site_plan(site, chosen, checkpoint)
         if quantised is not None:
             site_plans.append(quantised)
         for linear in site.linears:
-            choice, weight = chosen[linear.name], kept[linear.name]
+            decided, weight = chosen[linear.name], kept[linear.name]
+            choice = decided.choice
+            if decided.obstacle is not None:
+                other.append(f"{linear.name}: {choice.reason}")
             if weight is not None:
-                placed.add(_stored_name(linear.name))
+                placed.add(linear.module)
                 if choice.mode is not None:
                     weight = _per_channel(weight)
             ops.append(
@@ -79,21 +109,15 @@ def keep_plan(
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         notes.append(f"no Linear of the graph for the codes of {left[0]}{more}: float there")
-    other = [op for op in ops if ";" in op.reason]
     if other:
         notes.append(
-            f"{len(other)} ops are not computed as the checkpoint has them; the first, "
-            f"{other[0].name}: {other[0].reason}"
+            f"{len(other)} ops are not computed as the checkpoint has them; the first, {other[0]}"
         )
     return PrecisionPlan(tuple(site_plans), tuple(ops), target.floats), notes
 
 
-def _stored_name(name: str) -> str:
-    return name.partition("#")[0]  # a later call of the same module
-
-
 def _kept(linear: Linear, checkpoint: Checkpoint) -> QuantizedWeight | None:
-    read = checkpoint.weights.get(_stored_name(linear.name))
+    read = checkpoint.weights.get(linear.module)
     if read is None:
         return None
     weight = read()
@@ -104,22 +128,22 @@ def _kept(linear: Linear, checkpoint: Checkpoint) -> QuantizedWeight | None:
 
 def _choice(
     linear: Linear, weight: QuantizedWeight | None, checkpoint: Checkpoint, target: Target
-) -> Choice:
+) -> _Kept:
     """What computes `linear`, and why."""
     if weight is None:
-        return Choice("float", "float in the checkpoint")
+        return _Kept("float", "no codes of the checkpoint are for it")
     reason = f"from the checkpoint: {checkpoint.description}"
     by_weight = _NAMES[weight.bits]
     if target.capability("MatMul", by_weight) is None:
         missing = f"{target.name} has no kernel for {by_weight}, so dequantised"
-        return Choice("float", f"{reason}; {missing}")
-    activation = checkpoint.activations.get(_stored_name(linear.name))
+        return _Kept("float", reason, missing)
+    activation = checkpoint.activations.get(linear.module)
     if activation is None:
-        return Choice(by_weight, reason)
+        return _Kept(by_weight, reason)
     obstacle = _int8_obstacle(linear, weight, activation, target)
     if obstacle is None:
-        return Choice(activation.mode, reason)
-    return Choice(by_weight, f"{reason}; {obstacle}, so {by_weight} with the same codes")
+        return _Kept(activation.mode, reason)
+    return _Kept(by_weight, reason, f"{obstacle}, so {by_weight} with the same codes")
 
 
 def _int8_obstacle(
@@ -149,26 +173,29 @@ def _per_channel(weight: QuantizedWeight) -> QuantizedWeight | None:
     return QuantizedWeight(codes=weight.codes, scale=weight.scale[0])
 
 
-def _site_plan(site: Site, chosen: dict[str, Choice], checkpoint: Checkpoint) -> SitePlan | None:
+def _site_plan(
+    site: Site, chosen: Mapping[str, _Kept], checkpoint: Checkpoint
+) -> tuple[SitePlan | None, dict[str, _Kept]]:
     """The one activation of the Linears of `site` that read it in INT8; others get weights alone.
 
-    Linears that want it otherwise than the first of them are given to the other kernel, in place.
+    Linears that want it otherwise than the first of them are given to the other kernel: what is
+    chosen for all of them then is returned too.
     """
     first: StoredActivation | None = None
-    names = []
+    names, agreed = [], dict(chosen)
     for linear in site.linears:
-        choice = chosen[linear.name]
-        if choice.mode is None:
+        kept = chosen[linear.name]
+        if kept.choice.mode is None:
             continue
-        wanted = checkpoint.activations[_stored_name(linear.name)]
+        wanted = checkpoint.activations[linear.module]
         first = first or wanted
         if wanted == first:
             names.append(linear.name)
         else:
-            other = "; its activation has another scale beside it, so weight8 with the same codes"
-            chosen[linear.name] = Choice("weight8", choice.reason + other)
+            other = "its activation has another scale beside it, so weight8 with the same codes"
+            agreed[linear.name] = _Kept("weight8", kept.source, other)
     if first is None:
-        return None
+        return None, agreed
     static = first.mode == "static"
     activation = ActivationQuant(
         mode=first.mode,
@@ -176,4 +203,4 @@ def _site_plan(site: Site, chosen: dict[str, Choice], checkpoint: Checkpoint) ->
         zero_point=first.zero_point + 128 if static else None,  # codes are unsigned here
         highest=np.full(site.channels, 255),
     )
-    return SitePlan(site.name, str(site.x.name), activation, tuple(names))
+    return SitePlan(site.name, str(site.x.name), activation, tuple(names)), agreed

@@ -79,11 +79,12 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             why = "rounds nothing" if scheme.keeps else "has no weights in blocks"
             raise ConfigError(f"scheme {scheme.name} {why}, so {field} has no effect")
     if scheme.quantizes and not scheme.modes and not config.recipe.codes:
+        why = f"scheme {scheme.name} quantises no activations"
+        if scheme.keeps:
+            why = "a checkpoint that is quantised already says how activations are"
         for field in ("activations", "smooth", "ranges"):
             if getattr(config, field) != CompileConfig.model_fields[field].default:
-                raise ConfigError(
-                    f"scheme {scheme.name} quantises no activations, so {field} has no effect"
-                )
+                raise ConfigError(f"{why}, so {field} has no effect")
     if scheme.keeps:
         chooses = [name for name in ("plan_in", "costs") if getattr(config, name) is not None]
         chooses += ["recipe"] if config.recipe.rules else []

@@ -38,6 +38,11 @@ class Linear:
     shared: int = 1
 
     @property
+    def module(self) -> str:
+        """The module path, of a later call of the module too."""
+        return self.name.partition("#")[0]
+
+    @property
     def x(self) -> ir.Value:
         value = self.matmul.inputs[0]
         assert value is not None

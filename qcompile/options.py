@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -50,9 +50,20 @@ class Options:
 
 
 def find_options(
-    sites: list[Site], config: CompileConfig, scheme: Scheme, target: Target
+    sites: list[Site],
+    config: CompileConfig,
+    scheme: Scheme,
+    target: Target,
+    adapter: Collection[str] = (),
 ) -> dict[str, Options]:
     """The options of every Linear, by name.
+
+    Args:
+        sites: of the graph.
+        config: its recipe, and how activations may be quantised.
+        scheme: what is named for every op.
+        target: its kernels.
+        adapter: modules of an adapter that is kept: in float where the recipe does not name them.
 
     Raises:
         ConfigError: a recipe's glob matches nothing, gives ranges to activations that have none,
@@ -62,7 +73,11 @@ def find_options(
     options: dict[str, Options] = {}
     for site in sites:
         for linear in site.linears:
-            options[linear.name] = _options(linear, config, scheme, target)
+            rule = config.recipe.rule_for(linear.name)
+            if rule.precision is None and linear.module in adapter:
+                options[linear.name] = Options(("float",), "adapter")
+            else:
+                options[linear.name] = _options(linear, config, scheme, target)
         rules = [
             config.recipe.rule_for(linear.name)
             for linear in site.linears

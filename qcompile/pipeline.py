@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
@@ -20,10 +20,9 @@ from qcompile.calibration.data import CalibrationData, check_calibration_path, l
 from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
-from qcompile.checkpoints.scheme import choose_scheme
 from qcompile.choosing import decide, scheme_choice
 from qcompile.codes import find_codes
-from qcompile.config import CompileConfig, Recipe
+from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
 from qcompile.joining import plan_joins
@@ -59,7 +58,7 @@ from qcompile.progress import Phases, Step
 from qcompile.ranges import Ranges, find_ranges
 from qcompile.report import Report
 from qcompile.reporting import make_report, site_rows
-from qcompile.schemes import Scheme, get_scheme
+from qcompile.schemes import Scheme
 from qcompile.session import open_session
 from qcompile.shapes import check_shapes, default_shapes, prompt_length, timing_feeds
 from qcompile.smoothing import SmoothingPlan, plan_smoothing
@@ -69,9 +68,6 @@ from qcompile.targets import Target, get_target
 from qcompile.traced import TracedModel
 from qcompile.trying import Applied, keep_within, tried_kl
 from qcompile.verify import measure_sqnr, verify
-
-KEPT_ADAPTER: Final = Recipe.from_mapping({"*.lora_[AB].*": "float"})
-"""Adapters that are kept are kept in float; a user's recipe may say otherwise."""
 
 
 def canonicalize(kept: Collection[str] = ()) -> list[ir.passes.InPlacePass]:
@@ -98,23 +94,24 @@ def compile_model(
     source: frontend.Source,
     *,
     target: str,
-    scheme: str,
+    scheme: Scheme,
     calibration: Calibration,
     config: CompileConfig,
     output: Path,
     overwrite: bool = False,
     phases: Phases | None = None,
 ) -> artifact.Artifact:
-    """Compile `source` into the folder `output`. See `qcompile.compile` for the arguments.
+    """Compile `source` into the folder `output`. See `qcompile.compile` for the arguments;
+    `scheme` is what `choose_scheme` found for `source`.
 
     Raises:
         QcompileError: anything that cannot be done; nothing is left at `output` then.
     """
-    chosen_target, chosen_scheme, config = checked(source, target, scheme, calibration, config)
+    chosen_target, config = checked(target, scheme, calibration, config)
     with staged(output, overwrite=overwrite) as (folder, work):
         shared = Shared(source, calibration, work)
         report = compile_shared(
-            shared, chosen_target, target, chosen_scheme, config, folder, phases or Phases()
+            shared, chosen_target, target, scheme, config, folder, phases or Phases()
         )
     if config.plan_out is not None:
         shutil.copyfile(output / PLAN, config.plan_out)
@@ -146,35 +143,34 @@ class Shared:
 
 
 def checked(
-    source: frontend.Source,
     target: str,
-    scheme: str | None,
+    scheme: Scheme,
     calibration: Calibration,
     config: CompileConfig,
-) -> tuple[Target, Scheme, CompileConfig]:
-    """What the names stand for, and `config` as the scheme completes it.
+) -> tuple[Target, CompileConfig]:
+    """What `target` stands for, and `config` as `scheme` completes it.
 
     Raises:
         ConfigError: what can be known to be wrong before anything is computed.
         CalibrationError: there is no such file.
     """
-    chosen_target, chosen_scheme = get_target(target), get_scheme(choose_scheme(source, scheme))
-    if config.recipe.rules and not chosen_scheme.quantizes:
+    chosen_target = get_target(target)
+    if config.recipe.rules and not scheme.quantizes:
         raise ConfigError(
-            f"scheme {scheme} quantises nothing, so a recipe has no effect",
+            f"scheme {scheme.name} quantises nothing, so a recipe has no effect",
             hint="leave the recipe out",
         )
-    if not chosen_scheme.quantizes and config.plans:
-        raise ConfigError(f"scheme {scheme} plans nothing, so {config.plans[0]} has no effect")
-    check_target(chosen_target, chosen_scheme, config)
-    if chosen_scheme.method is not None:
-        config = config.model_copy(update={"method": chosen_scheme.method})
-    if chosen_scheme.cache_bits is not None:
+    if not scheme.quantizes and config.plans:
+        raise ConfigError(f"scheme {scheme.name} plans nothing, so {config.plans[0]} has no effect")
+    check_target(chosen_target, scheme, config)
+    if scheme.method is not None:
+        config = config.model_copy(update={"method": scheme.method})
+    if scheme.cache_bits is not None:
         config = config.model_copy(update={"cache": True})
     check_plan_paths(config)
     if isinstance(calibration, str | Path):
         check_calibration_path(Path(calibration))
-    return chosen_target, chosen_scheme, config
+    return chosen_target, config
 
 
 def compile_shared(
@@ -205,8 +201,6 @@ def compile_shared(
     # Calibration and plans are of the graph without a cache: the same sites, the same weights.
     planned_path = lowered((), target.floats, work / "planned.onnx") if cached else baseline_path
 
-    if config.adapter_mode == "keep":
-        config = config.model_copy(update={"recipe": config.recipe.before(KEPT_ADAPTER)})
     with phases.phase("data") as step:
         data = shared.data or _calibration_data(
             shared.calibration, model, config, scheme, work, step
@@ -221,18 +215,20 @@ def compile_shared(
     if scheme.keeps:
         assert model.checkpoint is not None
         with phases.phase("plan"):
-            plan, notes = keep_plan(find_sites(graph.graph), model.checkpoint, target)
+            sites = find_sites(graph.graph)
+            plan, notes = keep_plan(sites, model.checkpoint, target, model.adapter)
         PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
     elif model.checkpoint is not None:
         notes.append(
             f"{model.checkpoint.description}: its codes are dequantised, as the scheme says"
         )
+        notes += model.checkpoint.notes
     elif scheme.quantizes:
         sites = find_sites(graph.graph)
         replayed = PlanFile.read(config.plan_in) if config.plan_in else None
         if replayed:
             config = config.model_copy(update={"recipe": replayed.recipe})
-        options = find_options(sites, config, scheme, target)
+        options = find_options(sites, config, scheme, target, model.adapter)
         require_any(options, graph)
         chosen = replayed.chosen(options, sites, target) if replayed else scheme_choice(options)
         if needs_ranges(options, chosen) or scales_channels(chosen, config):
@@ -398,7 +394,11 @@ def _calibration_data(
         # Random inputs do to compare two float graphs; a model's own text is slow to write.
         model = dataclasses.replace(model, kind="other")
         config = config.model_copy(update={"samples": 4})
-    return generate_calibration(model, session, config, progress=step)
+    data = generate_calibration(model, session, config, progress=step)
+    if scheme.keeps and scheme.cache_bits is None:
+        note = f"accuracy was measured on {data.origin}, not on real data; give --calibration"
+        return dataclasses.replace(data, warnings=(note,))
+    return data
 
 
 def run(model: ir.Model, passes_: Sequence[ir.passes.PassBase]) -> bool:

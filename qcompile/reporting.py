@@ -14,7 +14,7 @@ from qcompile.explaining import candidate_rows, planning_row
 from qcompile.leftovers import find_leftovers
 from qcompile.limits import incomparable
 from qcompile.linears import Linear, find_linears
-from qcompile.precision import OpPlan, PrecisionPlan
+from qcompile.precision import FLOAT_BYTES, OpPlan, PrecisionPlan
 from qcompile.progress import Phases
 from qcompile.report import (
     Cache,
@@ -158,10 +158,18 @@ def _op_row(
 
 
 def _bytes(op: OpPlan, linear: Linear, plan: PrecisionPlan) -> int:
-    if op.precision == "int8" and op.weight is not None:
+    weight = op.weight
+    if weight is None:
+        return weight_bytes(linear, plan.label(op), plan.floats)
+    if weight.block_size is None:
         # Copies of outlier channels included.
-        return op.weight.codes.nbytes + op.weight.scale.nbytes
-    return weight_bytes(linear, plan.label(op), plan.floats)
+        return weight.codes.nbytes + weight.scale.nbytes
+    blocks, width = weight.scale.shape
+    size: int = blocks * weight.block_size * width * weight.bits // 8  # the last block is padded
+    if weight.zero_point is not None:
+        size += -(-blocks * weight.bits // 8) * width
+    floats = weight.scale.size + (weight.offset.size if weight.offset is not None else 0)
+    return size + floats * FLOAT_BYTES[plan.floats]
 
 
 def _saturation(op: OpPlan, plan: PrecisionPlan) -> str | None:

@@ -41,6 +41,7 @@ class TracedModel:
         max_length: the longest sequence the model takes, where it says so.
         example: one valid feed, where the source gave one (``file.py:factory``).
         checkpoint: the codes that the float weights stand for, where the source holds codes.
+        adapter: module paths that an adapter added beside the weights.
     """
 
     ir: ir.Model
@@ -53,6 +54,7 @@ class TracedModel:
     example: Batch | None = None
     bos_token_id: int | None = None
     checkpoint: Checkpoint | None = None
+    adapter: frozenset[str] = frozenset()
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:

@@ -129,7 +129,7 @@ def activation(
     """How the activation that `name` reads is quantised, or None where it is not.
 
     Raises:
-        ModelError: a static scale is missing or no single number.
+        ModelError: a static scale is missing or no single number, a zero point no code.
     """
     inputs = _group_of(name, settings).get("input_activations")
     if inputs is None:
@@ -142,6 +142,8 @@ def activation(
     zero = 0
     if f"{name}.input_zero_point" in tensors:
         zero = int(tensors.tensor(f"{name}.input_zero_point").item())
+        if not -128 <= zero <= 127:
+            raise ModelError(f"{name}.input_zero_point is {zero}, which is no int8")
     return StoredActivation("static", scale.item(), zero)
 
 
@@ -156,13 +158,19 @@ def _by_channel(scale: Array, width: int) -> Array:
 def _zero_points(
     tensors: TensorFolder, name: str, bits: int, shape: tuple[int, ...]
 ) -> Array:  # fmt: skip
-    """Unsigned, [N, groups]; packed along output channels, or signed as they are."""
+    """Unsigned, [N, groups]; packed along output channels, or signed as they are.
+
+    Raises:
+        ModelError: one is no code.
+    """
     stored = tensors.tensor(f"{name}.weight_zero_point")
     if stored.dtype == torch.int32 and tuple(stored.shape) != shape:
         return unpack_words(stored.numpy(), bits, 0)[: shape[0]]
-    signed = stored.to(torch.int16).numpy().reshape(-1, shape[1])
-    points: Array = (np.broadcast_to(signed, shape) + 2 ** (bits - 1)).astype(np.uint8)
-    return points
+    points = stored.to(torch.int64).numpy().reshape(-1, shape[1]) + 2 ** (bits - 1)
+    if points.min() < 0 or points.max() >= 2**bits:
+        raise ModelError(f"{name}.weight_zero_point holds values of more than {bits} bits")
+    unsigned: Array = np.broadcast_to(points, shape).astype(np.uint8)
+    return unsigned
 
 
 def _group_of(name: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:

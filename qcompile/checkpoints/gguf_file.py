@@ -48,19 +48,25 @@ def open_gguf(path: Path, module: torch.nn.Module) -> Checkpoint:
             "none of which is read",
             hint=", ".join(TYPES) + " are",
         )
+    keys: dict[str, bytes] = {}
     by_values: dict[bytes, tuple[str, Array]] = {}
     for name in found:
         rows = _row_keys(_read(tensors[name]).dequantized().T)
-        by_values[_key(rows)] = (name, rows)
+        keys[name] = _key(rows)
+        by_values[keys[name]] = (name, rows)
+    matched: set[bytes] = set()
     weights: dict[str, Callable[[], QuantizedWeight]] = {}
     for name, weight in _linears(module):
         rows = _row_keys(weight)
-        match = by_values.get(_key(rows))
+        key = _key(rows)
+        match = by_values.get(key)
         if match is not None:
+            matched.add(key)
             weights[name] = partial(_rows_moved, tensors[match[0]], match[1], rows)
     if not weights:
         raise ModelError(f"{path}: no Linear of the model has the values of a quantised tensor")
-    return Checkpoint(f"GGUF, {_counts(found)}", weights, notes=_notes(kinds, path))
+    unread = [name for name, key in keys.items() if key not in matched and not _embeds(name)]
+    return Checkpoint(f"GGUF, {_counts(found)}", weights, notes=_notes(kinds, unread, path))
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -134,11 +140,20 @@ def _counts(kinds: Mapping[str, str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
-def _notes(kinds: Mapping[str, str], path: Path) -> tuple[str, ...]:
+def _embeds(name: str) -> bool:
+    """Whether `name` is of an embedding's table, which stays in float."""
+    return "_embd" in name or name.startswith("token_types")
+
+
+def _notes(kinds: Mapping[str, str], unread: list[str], path: Path) -> tuple[str, ...]:
+    """What a user has to know; `unread` are the tensors in codes that no Linear has."""
     notes = []
-    unread = sorted({kind for kind in kinds.values() if kind not in TYPES and kind not in _FLOATS})
     if unread:
-        notes.append(f"{path.name}: tensors of {', '.join(unread)} are dequantised to float")
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        notes.append(f"{path.name}: no Linear has the codes of {unread[0]}{more}: float there")
+    others = sorted({kind for kind in kinds.values() if kind not in TYPES and kind not in _FLOATS})
+    if others:
+        notes.append(f"{path.name}: tensors of {', '.join(others)} are dequantised to float")
     wider = sorted(kind for kind in set(kinds.values()) if kind[:2] in ("Q5", "Q6"))
     if wider:
         notes.append(f"{path.name}: {', '.join(wider)} take eight bits here, the same weights")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from qcompile.checkpoints import quantized_by
 from qcompile.errors import ConfigError
-from qcompile.schemes import DEFAULT, KEPT, get_scheme
+from qcompile.schemes import DEFAULT, KEPT, Scheme, get_scheme
 
 
-def choose_scheme(source: object, asked: str | None) -> str:
-    """The name of the scheme for `source`: what was asked for, or what fits it.
+def choose_scheme(source: object, asked: str | None) -> Scheme:
+    """The scheme for `source`, which is opened: what was asked for, or what fits it.
 
     Args:
         source: as `qcompile.frontend.load` takes it.
@@ -20,7 +20,7 @@ def choose_scheme(source: object, asked: str | None) -> str:
     """
     by = quantized_by(source)
     if asked is None:
-        return DEFAULT if by is None else KEPT
+        return get_scheme(DEFAULT if by is None else KEPT)
     scheme = get_scheme(asked)
     if by is None and scheme.keeps:
         raise ConfigError(f"scheme {asked} is for a source that is quantised already: not {source}")
@@ -29,4 +29,4 @@ def choose_scheme(source: object, asked: str | None) -> str:
             f"{source} is quantised already, by {by}, and {asked} would round it a second time",
             hint="leave the scheme out; fp32 gives the dequantised model",
         )
-    return asked
+    return scheme

@@ -6,16 +6,19 @@ import dataclasses
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qcompile.checkpoints import Checkpoint
 from qcompile.config import AdapterMode
-from qcompile.errors import ModelError
+from qcompile.errors import ModelError, QcompileError
+
+_ORIGINAL: Final = (".base_layer", ".original_module")
+"""What PEFT calls a module of the model once it stands beside an adapter's."""
 
 
 def add_adapter(
     module: Any, checkpoint: Checkpoint | None, folder: Path, mode: AdapterMode
-) -> tuple[Any, Checkpoint | None]:
+) -> tuple[Any, Checkpoint | None, frozenset[str]]:
     """The model with the adapter in `folder`.
 
     Args:
@@ -25,8 +28,13 @@ def add_adapter(
         mode: ``merge`` adds it to the weights; ``keep`` leaves it beside them, in float: the base
             layer of a module ``q_proj`` is then called ``q_proj.base_layer``.
 
+    Returns:
+        The model, the codes by the names that its modules have now, and the module paths that the
+        adapter added; none where it is merged.
+
     Raises:
-        ModelError: no adapter, one that is not for this model, or one to be merged into codes.
+        ModelError: no adapter, one that is not for this model or of no kind that can be had in this
+            mode, or one to be merged into codes.
     """
     if importlib.util.find_spec("peft") is None:
         raise ModelError(
@@ -39,21 +47,49 @@ def add_adapter(
         raise ModelError(
             "an adapter cannot be merged into weights that are codes already", hint="--keep-adapter"
         )
-    from peft import PeftModel
-
+    before = {name for name, _ in module.named_modules()}
     with warnings.catch_warnings():
         # It warns of its own deprecated calls, and of keys that do not fit, to go on without them.
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
         try:
-            adapted = PeftModel.from_pretrained(module, folder)
+            adapted = _load(module, folder, mode)
+            if mode == "merge":
+                return adapted.merge_and_unload(safe_merge=True), None, frozenset()
+        except QcompileError:
+            raise
         except Exception as error:  # PEFT raises whatever its readers raise
             lines = str(error).strip().splitlines()
             detail = lines[0] if lines else type(error).__name__
             raise ModelError(f"adapter {folder} cannot be loaded: {detail}") from error
-    if mode == "merge":
-        return adapted.merge_and_unload(safe_merge=True), None
-    return adapted.get_base_model(), _renamed(checkpoint, adapted)
+    base = adapted.get_base_model()
+    added = {name for name, _ in base.named_modules()} - before
+    return (
+        base,
+        _renamed(checkpoint, adapted),
+        frozenset(name for name in added if not name.endswith(_ORIGINAL)),
+    )
+
+
+def _load(module: Any, folder: Path, mode: AdapterMode) -> Any:
+    """What PEFT makes of `module`.
+
+    Raises:
+        ModelError: a kind of adapter that cannot be had in this mode.
+    """
+    from peft import PeftConfig, PeftModel
+
+    settings = PeftConfig.from_pretrained(str(folder))
+    kind = str(getattr(settings.peft_type, "value", settings.peft_type))
+    if settings.is_prompt_learning:
+        raise ModelError(f"adapter {folder} is of type {kind}: learned prompts are not read")
+    if mode == "keep" and (kind != "LORA" or getattr(settings, "use_dora", False)):
+        kind = "DORA" if kind == "LORA" else kind
+        raise ModelError(
+            f"adapter {folder} is of type {kind}, and only LoRA can be kept beside the weights",
+            hint="into a float model such an adapter can be merged",
+        )
+    return PeftModel.from_pretrained(module, folder)
 
 
 def _renamed(checkpoint: Checkpoint | None, adapted: Any) -> Checkpoint | None:

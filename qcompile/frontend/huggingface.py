@@ -71,8 +71,11 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         )
     output, kind = _TASKS[task]
     module, checkpoint = _load_weights(source, task, hf_config, config.trust_remote_code)
+    added = frozenset[str]()
     if config.adapter is not None:
-        module, checkpoint = add_adapter(module, checkpoint, config.adapter, config.adapter_mode)
+        module, checkpoint, added = add_adapter(
+            module, checkpoint, config.adapter, config.adapter_mode
+        )
     check_finite_weights(module)
     tokenizer = _load_tokenizer(source, config.trust_remote_code)
     max_length = _max_length(module)
@@ -100,6 +103,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         max_length=max_length,
         bos_token_id=_token_id(hf_config.bos_token_id),
         checkpoint=checkpoint,
+        adapter=added,
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qcompile
 from qcompile.checkpoints import quantization_settings
@@ -158,6 +159,29 @@ def integer_weights(path: Path) -> dict[str, np.ndarray]:
             weight = codes.const_value.numpy().astype(np.float32) * scale.const_value.numpy()
             found[str(node.name)] = weight.T
     return found
+
+
+def test_zero_points_that_are_no_codes_are_refused(model: Any, tmp_path: Path) -> None:
+    folder(tmp_path, model, "int-quantized", bits=4, symmetric=False)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.weight_zero_point"][0] = 9
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"{name}.weight_zero_point holds values of more than 4"):
+        qcompile.compile(tmp_path, output=tmp_path / "out")
+
+
+def test_a_zero_point_of_activations_that_is_no_code_is_refused(
+    model: Any, tmp_path: Path
+) -> None:  # fmt: skip
+    folder(tmp_path, model, "int-quantized", bits=8, inputs=STATIC)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.input_zero_point"] = torch.tensor([200])
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="input_zero_point is 200, which is no int8"):
+        open_folder(tmp_path, quantization_settings(tmp_path))
 
 
 @pytest.mark.parametrize(

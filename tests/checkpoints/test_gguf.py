@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 import transformers
@@ -17,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 import qcompile
 from qcompile.checkpoints.gguf_blocks import TYPES, read_blocks
+from qcompile.checkpoints.gguf_file import open_gguf
 from qcompile.errors import ModelError
 from tests.checkpoints import packers
 from tests.checkpoints.shipped import shipped_weights
@@ -135,10 +137,36 @@ def test_what_ships_is_the_file(model: Any, tmp_path: Path) -> None:
     for name, weight in shipped.items():
         linear: Any = expected.get_submodule(name)
         np.testing.assert_array_equal(weight, linear.weight.detach().numpy(), err_msg=name)
+    stored = stored_bytes(artifact.path)
     report = artifact.report
+    assert {op.name: op.bytes for op in report.ops} == stored
     assert report.scheme == "checkpoint" and report.accuracy["kl"] < 0.05
     assert all(op.precision in ("weight4", "weight8") for op in report.ops)
     assert any("Q5_0, Q5_1, Q5_K, Q6_K take eight bits here" in w for w in report.warnings)
+
+
+def stored_bytes(folder: Path) -> dict[str, int]:
+    """Of every MatMulNBits: codes, scales, zero points, and the offsets beside it."""
+    graph = ir.load(folder / "model.onnx").graph
+    found = {}
+    for node in graph:
+        if node.op_type == "MatMulNBits":
+            values = [*node.inputs[1:4], graph.initializers.get(f"{node.name}.weight_offset")]
+            tensors = [value.const_value for value in values if value is not None]
+            found[str(node.name)] = sum(t.nbytes for t in tensors if t is not None)
+    return found
+
+
+def test_tensors_that_no_linear_has_are_told(model: Any, tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", model, MIXED)
+    module = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    )
+    module.model.layers[0].mlp.up_proj.weight.data += 1
+    module.lm_head.weight = torch.nn.Parameter(module.lm_head.weight.detach() + 1)
+    checkpoint = open_gguf(tmp_path / "m.gguf", module)
+    (told,) = [note for note in checkpoint.notes if "no Linear" in note]
+    assert told == "m.gguf: no Linear has the codes of blk.0.ffn_up.weight: float there"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qcompile
 from qcompile.errors import ConfigError, ModelError
@@ -44,8 +45,9 @@ def adapter(tmp_path: Path) -> Path:
 def test_merged_it_is_part_of_the_weights(adapter: Path) -> None:
     wanted = peft.PeftModel.from_pretrained(tiny(), adapter)
     tokens = torch.arange(12).reshape(2, 6)
-    merged, _ = add_adapter(tiny(), None, adapter, "merge")
+    merged, _, added = add_adapter(tiny(), None, adapter, "merge")
     torch.testing.assert_close(merged(tokens).logits, wanted(tokens).logits, rtol=0, atol=1e-5)
+    assert not added
     assert not any("lora" in name for name, _ in merged.named_modules())
     assert not torch.equal(merged(tokens).logits, tiny()(tokens).logits)
 
@@ -67,6 +69,61 @@ def test_kept_beside_codes(adapter: Path, tmp_path: Path) -> None:
     floats = {op.name for op in artifact.report.ops if op.precision == "float"}
     factors = {f"{name}.lora_{half}.default" for name in NAMES for half in "AB"}
     assert floats == {*factors, "lm_head"}
+
+
+def save(settings: Any, path: Path) -> Path:
+    peft.get_peft_model(tiny(), settings).save_pretrained(path)
+    return path
+
+
+def test_modules_that_an_adapter_replaces_stay_in_float(tmp_path: Path) -> None:
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["o_proj"])
+    config = qcompile.CompileConfig(
+        adapter=save(settings, tmp_path / "adapter"), adapter_mode="keep", samples=4, seq_len=16,
+        strict=False, objective="scheme",
+    )  # fmt: skip
+    tiny().save_pretrained(tmp_path / "model")
+    artifact = qcompile.compile(
+        tmp_path / "model", scheme="w8a16", config=config, output=tmp_path / "out"
+    )
+    floats = {op.name: op.reason for op in artifact.report.ops if op.precision == "float"}
+    block = "model.layers.0.self_attn"
+    assert floats == dict.fromkeys(
+        [
+            f"{block}.q_proj.lora_A.default",
+            f"{block}.q_proj.lora_B.default",
+            f"{block}.o_proj.modules_to_save.default",
+        ],
+        "adapter",
+    )
+
+
+def test_kinds_that_cannot_be_had_are_named(tmp_path: Path) -> None:
+    prompt = peft.PromptTuningConfig(
+        num_virtual_tokens=2, task_type="CAUSAL_LM", prompt_tuning_init="RANDOM"
+    )
+    folder = save(prompt, tmp_path / "prompt")
+    for mode in ("merge", "keep"):
+        with pytest.raises(ModelError, match="of type PROMPT_TUNING: learned prompts"):
+            add_adapter(tiny(), None, folder, mode)
+    scaled = peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=[])
+    folder = save(scaled, tmp_path / "scaled")
+    with pytest.raises(ModelError, match="of type IA3, and only LoRA can be kept"):
+        add_adapter(tiny(), None, folder, "keep")
+    add_adapter(tiny(), None, folder, "merge")
+    folder = save(
+        peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True), tmp_path / "decomposed"
+    )
+    with pytest.raises(ModelError, match="of type DORA, and only LoRA can be kept"):
+        add_adapter(tiny(), None, folder, "keep")
+
+
+def test_a_merge_that_fails_is_told(adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: torch.full_like(value, torch.nan) for name, value in tensors.items()}, path)
+    with pytest.raises(ModelError, match="cannot be loaded: NaNs detected"):
+        add_adapter(tiny(), None, adapter, "merge")
 
 
 def test_what_is_no_adapter(adapter: Path, tmp_path: Path, tiny_onnx: Path) -> None:

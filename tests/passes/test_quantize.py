@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import get_args
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from qcompile.passes.quantize import Quantize
 
 from qcompile.config import Activations
+from qcompile.errors import ModelError
 from qcompile.linears import find_sites
 from qcompile.names import MODULE_PATH_KEY
 from qcompile.precision import (
@@ -232,6 +234,55 @@ def test_a_module_called_twice_and_quantised_once() -> None:
     assert pass_(model).modified
     assert ops(model).count("DynamicQuantizeLinear") == 1
     assert_idempotent(pass_, model)
+
+
+BLOCKS = """g (float[M,4] x, float[4,3] w, float[4,3] v) => (float[M,3] a, float[M,3] c) {
+  r = Relu (x) a = MatMul (r, w) c = MatMul (r, v) }"""
+
+
+def in_blocks(weight: np.ndarray, **others: np.ndarray) -> QuantizedWeight:
+    scale = np.full((2, 3), np.abs(weight).max() / 127, np.float32)
+    return QuantizedWeight(np.rint(weight / scale[0]).astype(np.int8), scale, 2, 8, **others)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [{"order": np.array([2, 0, 3, 1])}, {"offset": np.full((2, 3), 0.5, np.float32)}],
+    ids=["order", "offset"],
+)
+def test_what_ops_share_is_before_all_of_them(others: dict[str, np.ndarray]) -> None:
+    """Also where the one that is planned first is the last of the graph."""
+    model = named(BLOCKS, w=W, v=V)
+    plan = plan_of(model, "dynamic")
+    weights = {"a": in_blocks(W, **others), "c": in_blocks(V, **others)}
+    planned = tuple(
+        dataclasses.replace(op, precision="weight8", weight=weights[op.name])
+        for op in reversed(plan.ops)
+    )
+    pass_ = Quantize(PrecisionPlan((), planned))
+    assert pass_(model).modified
+    kinds = ops(model)
+    assert kinds[1] == ("Gather" if "order" in others else "Reshape")
+    assert kinds.count("Gather") + kinds.count("ReduceSum") == 1
+    check_model(model)
+    found = run_model(model, {"x": X[0]}, optimise=False)
+    for name, weight in weights.items():
+        wanted = np.maximum(X[0], 0) @ weight.dequantized()
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-5, atol=1e-5)
+    assert_idempotent(pass_, model)
+
+
+def test_offsets_want_a_known_shape() -> None:
+    model = named(BLOCKS, w=W, v=V)
+    plan = plan_of(model, "dynamic", floats=("c",))
+    weight = in_blocks(W, offset=np.full((2, 3), 0.5, np.float32))
+    planned = tuple(
+        dataclasses.replace(op, precision="weight8", weight=weight) if op.name == "a" else op
+        for op in plan.ops
+    )
+    next(iter(model.graph)).outputs[0].shape = None
+    with pytest.raises(ModelError, match="a: the shape of what it reads is not known"):
+        Quantize(PrecisionPlan((), planned))(model)
 
 
 def test_codes_without_weights_are_refused() -> None:

@@ -131,8 +131,8 @@ def test_an_offset_in_text() -> None:
     Quantize(planned(stored))(model)
     after = f"""g (float[B,{K}] x, int8[{K},{N}] wq, float[{BLOCKS},{N}] ws, int8[{BLOCKS},{N}] wz,
         int64[3] s, int64[1] l, float[{BLOCKS},{N}] o) => (float[B,{N}] y) {{
-      v = DequantizeLinear <axis = 0, block_size = {SIZE}> (wq, ws, wz) m = MatMul (x, v)
       blocks = Reshape (x, s) sums = ReduceSum <keepdims = 0> (blocks, l)
+      v = DequantizeLinear <axis = 0, block_size = {SIZE}> (wq, ws, wz) m = MatMul (x, v)
       p = MatMul (sums, o) y = Add (m, p) }}"""
     expected = from_text(
         HEADER + after,
