@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from qcompile.targets.cuda import library
 
 import qcompile
 from tests.targets.cuda_gpu import needs_gpu
@@ -95,6 +96,31 @@ def test_trained_models_are_as_accurate_as_their_emulation(
     shared: Path, tmp_path: Path, name: str
 ) -> None:
     assert_as_accurate(shared / "models" / name, shared / "text" / "calib.txt", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["opt-30m", "llama-28m"])
+def test_trained_models_in_e4m3_are_as_accurate_as_by_the_bodies(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Which are Q/DQ and a product in float32, on the CPU: no other target has e4m3."""
+    here = library.gpu()
+    config = qcompile.CompileConfig(objective="scheme")
+
+    def kl(folder: str) -> float:
+        return qcompile.compile(
+            str(shared / "models" / name),
+            target=f"ort-cuda:{here}",
+            scheme="fp8",
+            calibration=shared / "text" / "calib.txt",
+            config=config,
+            output=tmp_path / folder,
+        ).report.accuracy["kl"]
+
+    found = kl("gpu")
+    monkeypatch.setattr(library, "gpu", lambda: None)
+    expected = kl("bodies")
+    print(f"KL to float of {name} in e4m3: {found:.5f} on the GPU, {expected:.5f} by the bodies")
+    assert found < 1.1 * expected + 1e-4
 
 
 def assert_as_accurate(model: Path, texts: Path, folder: Path) -> None:
