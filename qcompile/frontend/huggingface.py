@@ -21,6 +21,7 @@ from qcompile.frontend.adapter import add_adapter
 from qcompile.frontend.export import check_finite_weights, export_module
 from qcompile.frontend.gguf import is_gguf, load_gguf, load_gguf_tokenizer, read_gguf_config
 from qcompile.frontend.quantized import load_quantized
+from qcompile.spill import spill
 from qcompile.traced import Kind, TracedModel
 
 # Task -> (attribute of the model's output, how it is measured).
@@ -82,14 +83,14 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
     example = _example(module, tokenizer, kind, max_length)
     batch = torch.export.Dim("batch", min=1, max=65536)
     sequence = torch.export.Dim("sequence", min=1, max=max_length or 1 << 20)
-    graph = export_module(
+    traced = export_module(
         _OneOutput(module, output).eval(),
         example,
         {name: {0: batch, 1: sequence} for name in example},
         [output],
         opset=config.opset,
-        work=work,
     )
+    graph = spill(traced, work, "traced")
     # Not by `del`: torch.export's and onnxscript's caches keep the module.
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = torch.empty(0)
