@@ -68,6 +68,13 @@ class OrtCpu(Target):
         ),
         Capability(
             "MatMul",
+            "llm-int8",
+            "int8 per output channel",
+            _KERNEL,
+            "as token, outlier channels in a narrow float product beside it",
+        ),
+        Capability(
+            "MatMul",
             "weight8",
             "int8 per block of 32",
             _NBITS_KERNEL,
