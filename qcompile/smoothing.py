@@ -250,7 +250,7 @@ def _decomposed(
         outliers = find_outliers(stats, groups, config)
         found = why_these(stats, outliers, config)
     else:
-        outliers = np.array(given, np.int64)
+        outliers = np.unique(np.array(given, np.int64))
         found = f"{len(outliers)} of {site.channels} channels stay in float, as the plan has it"
     if not len(outliers):
         return dataclasses.replace(nothing, reason=f"{found}, so that all are in int8 per token")

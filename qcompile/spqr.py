@@ -2,9 +2,9 @@
 
 The paper keeps single weights in float, those that rounding hurts most, as a sparse matrix. Here
 whole rows of W stay, k of them: a Gather of k channels and a product [M, k] × [k, N], for which
-every runtime has a fast kernel. Rows are chosen by what rounding them costs at the output once the
-others have made up for it, Σ_n (w − ŵ)² / [H⁻¹]_jj with H = Σ xᵀx, and left out of their block's
-range.
+every runtime has a fast kernel. Rows are chosen, one after the other, by how much of the error at
+the output goes with them, an error of a weight counting 1 / [H⁻¹]_jj with H = Σ xᵀx, as in the
+paper: their own, and what they cost the rows that share a block's range with them.
 
 Rows in float can make up for what the others do wrong. With them at their best, E_S = −H_SS⁻¹ H_SR
 E_R for errors E_R of the rounded rows, the error that is left is that of E_R under the Schur
@@ -23,7 +23,7 @@ from scipy import linalg
 
 from qcompile.gptq import DAMPING, quantize_gptq
 from qcompile.precision import Kept, QuantizedWeight
-from qcompile.weight_blocks import full_range, in_blocks
+from qcompile.weight_blocks import in_blocks
 
 Array = npt.NDArray[Any]
 
@@ -53,8 +53,9 @@ def quantize_spqr(
     mean = float(np.diagonal(damped).mean())
     damped[np.diag_indices_from(damped)] += DAMPING * mean if mean > 0.0 else 1.0
     if channels is None:
-        harm = _harm(weight, damped, bits=bits, block_size=block_size, symmetric=symmetric)
-        kept = np.sort(np.argsort(-harm, kind="stable")[:count]).astype(np.int64)
+        kept = _most_harmful(
+            weight, damped, count, bits=bits, block_size=block_size, symmetric=symmetric
+        )
     else:
         kept = np.unique(np.array(channels, np.int64))
     rest = np.setdiff1d(np.arange(len(weight)), kept)
@@ -72,11 +73,38 @@ def quantize_spqr(
     return dataclasses.replace(found, kept=Kept(kept, moved))
 
 
-def _harm(weight: Array, damped: Array, *, bits: int, block_size: int, symmetric: bool) -> Array:
-    """What rounding each row costs, [K]."""
+def _most_harmful(
+    weight: Array, damped: Array, count: int, *, bits: int, block_size: int, symmetric: bool
+) -> Array:
+    """The rows that rounding hurts most, one after the other, int64 [count], ascending."""
     blocks = in_blocks(weight, block_size)
-    grid = full_range(blocks, bits=bits, symmetric=symmetric)
-    missed = (grid.values(grid.nearest(blocks)) - blocks).reshape(-1, weight.shape[1])
-    inverse = np.diagonal(linalg.inv(damped, check_finite=False))
-    result: Array = np.square(missed[: len(weight)]).sum(axis=1) / inverse
+    counts = 1.0 / np.diagonal(linalg.inv(damped, check_finite=False))
+    counts = np.pad(counts, (0, -len(counts) % block_size)).reshape(len(blocks), block_size)
+    steps = 2 ** (bits - 1) if symmetric else 2**bits - 1
+    gain = np.stack([_gains(*each, steps, symmetric) for each in zip(blocks, counts, strict=True)])
+    found = []
+    for _ in range(count):
+        at = int(gain.argmax())
+        found.append(at)
+        block, row = divmod(at, block_size)
+        blocks[block, row] = counts[block, row] = 0.0
+        gain[block] = _gains(blocks[block], counts[block], steps, symmetric)
+        taken = [each % block_size for each in found if each // block_size == block]
+        gain[block, taken] = -np.inf
+    return np.sort(np.array(found, np.int64))
+
+
+def _gains(block: Array, counts: Array, steps: int, symmetric: bool) -> Array:
+    """By how much the error of `block` [block_size, N] falls if one of its rows leaves it,
+    [block_size]: a step of s makes s² / 12, and the row may have been what sets the step."""
+    ends = (np.abs(block),) if symmetric else (block, -block)
+    reach = np.zeros(block.shape[1])
+    without = np.zeros(block.shape)
+    for end in ends:
+        second, first = np.maximum(np.partition(end, -2, axis=0)[-2:], 0.0)
+        reach += first
+        without += np.where(end == first, second, first)
+    noise, left = np.square(reach / steps), np.square(without / steps)
+    whole = counts.sum()
+    result: Array = (whole * noise - (whole - counts)[:, None] * left).sum(axis=1) / 12.0
     return result
