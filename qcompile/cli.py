@@ -103,6 +103,16 @@ def cli() -> None:
     help="Of weights alone: blocks without or with zero points.  [default: as the method has it]",
 )
 @click.option(
+    "--outlier-threshold",
+    type=float,
+    help="llm-int8: magnitude from which on a channel stays in float.  [default: 6]",
+)
+@click.option(
+    "--outlier-share",
+    type=float,
+    help="llm-int8, spqr: part of the input channels that stays in float, up to 0.125.",
+)
+@click.option(
     "--recipe", type=click.Path(path_type=Path), help="YAML: module-path glob -> overrides."
 )
 @click.option("--task", help="Task of the model, as optimum names it.  [default: inferred]")

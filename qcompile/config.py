@@ -40,7 +40,7 @@ class _Frozen(pydantic.BaseModel):
 class SiteRule(_Frozen):
     """What a recipe asks for the modules that its glob matches. Unset fields keep the default."""
 
-    precision: Literal["float", "w8a8", "fp8", "w8a16", "w4a16", "split"] | None = None
+    precision: Literal["float", "w8a8", "fp8", "w8a16", "w4a16", "split", "llm-int8"] | None = None
     method: Method | None = None
     activations: Activations | None = None
     smooth: Smooth | None = None
@@ -165,6 +165,10 @@ class CompileConfig(_Frozen):
             too, after a colon.
         block_size: of their input channels that share a scale; None: 32.
         symmetric: whether their blocks have no zero points; None: as the method has it.
+        outlier_threshold: a channel whose magnitude reaches it in calibration stays in float where
+            the scheme is ``llm-int8``; None: 6, as in the paper.
+        outlier_share: part of the input channels that stays in float, for ``llm-int8`` instead of
+            a threshold, and for the method ``spqr``; None: a hundredth there.
         recipe: per-module overrides; a mapping as in a recipe file will do.
         task: a task name of optimum's, instead of the one read from the model.
         opset: ONNX opset of the exported graph.
@@ -199,6 +203,8 @@ class CompileConfig(_Frozen):
     method: Method = "rtn"
     block_size: Literal[32, 64, 128] | None = None
     symmetric: bool | None = None
+    outlier_threshold: Annotated[float, pydantic.Field(gt=0)] | None = None
+    outlier_share: Annotated[float, pydantic.Field(gt=0, le=0.125)] | None = None
     recipe: Recipe = Recipe()
     task: str | None = None
     opset: Annotated[int, pydantic.Field(ge=23, le=23)] = 23
@@ -233,6 +239,12 @@ class CompileConfig(_Frozen):
         methods = {self.method, *(rule.method for _, rule in self.recipe.rules)}
         if self.symmetric and "hqq" in methods:
             raise ValueError("hqq moves zero points, and symmetric blocks have none")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _outliers_are_found_in_one_way(self) -> CompileConfig:
+        if self.outlier_threshold is not None and self.outlier_share is not None:
+            raise ValueError("outlier_threshold and outlier_share contradict each other")
         return self
 
     @pydantic.model_validator(mode="after")

@@ -85,6 +85,14 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         for field in ("activations", "smooth", "ranges"):
             if getattr(config, field) != CompileConfig.model_fields[field].default:
                 raise ConfigError(f"{why}, so {field} has no effect")
+    if scheme.labels == ("llm-int8",) and not config.recipe.codes:
+        for field in ("activations", "smooth", "ranges"):
+            if getattr(config, field) != CompileConfig.model_fields[field].default:
+                raise ConfigError(
+                    f"scheme {scheme.name} has activations per token, and outliers in float in the "
+                    f"place of smoothing, so {field} has no effect"
+                )
+    _check_outliers(scheme, config)
     if scheme.keeps:
         chooses = [name for name in ("plan_in", "costs") if getattr(config, name) is not None]
         chooses += ["recipe"] if config.recipe.rules else []
@@ -108,6 +116,25 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         raise ConfigError(
             "min_speedup is a limit on the whole model, and the stored times are of Linears alone",
             hint="--costs with a file of times that were taken on such a machine",
+        )
+
+
+def _check_outliers(scheme: Scheme, config: CompileConfig) -> None:
+    """Refuse to say which channels stay in float where all are codes.
+
+    Raises:
+        ConfigError: neither the scheme nor the recipe keeps any.
+    """
+    rules = [rule for _, rule in config.recipe.rules]
+    decomposed = "llm-int8" in scheme.labels or any(r.precision == "llm-int8" for r in rules)
+    methods = {scheme.method or config.method, *(rule.method for rule in rules)}
+    if config.outlier_threshold is not None and not decomposed:
+        raise ConfigError(
+            f"scheme {scheme.name} looks for no outliers, so outlier_threshold has no effect"
+        )
+    if config.outlier_share is not None and not decomposed and "spqr" not in methods:
+        raise ConfigError(
+            f"scheme {scheme.name} keeps no channels in float, so outlier_share has no effect"
         )
 
 

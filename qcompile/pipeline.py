@@ -48,6 +48,7 @@ from qcompile.passes.fuse_rms_norm import FuseRmsNorm
 from qcompile.passes.join_products import JoinProducts
 from qcompile.passes.kv_cache import KvCache
 from qcompile.passes.outer_product import OuterProduct
+from qcompile.passes.permute_channels import PermuteChannels
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
@@ -359,16 +360,16 @@ def _apply(
     graph = model.ir.clone()
     with phases.phase("smooth"):
         run(graph, [Untie(name for name, choice in chosen.items() if choice.mode)])
-        alphas = replayed.smoothing if replayed is not None else None
+        alphas, kept = (replayed.smoothing, replayed.kept) if replayed is not None else (None, None)
         smoothing = plan_smoothing(
-            find_sites(graph.graph), stats, config, chosen, alphas, importance
+            find_sites(graph.graph), stats, config, chosen, alphas, importance, kept
         )
-        run(graph, [SmoothQuant(smoothing)])
+        run(graph, [SmoothQuant(smoothing), PermuteChannels(smoothing)])
         graph = spill(graph, work, stem)
         release(model.ir)
     with phases.phase("quantize") as step:
         codes = find_codes(
-            graph, chosen, stats, smoothing, config, data.calibration, work, progress=step
+            graph, chosen, stats, smoothing, config, data.calibration, work, step, kept
         )
         plan = plan_precision(
             find_sites(graph.graph), stats, smoothing, chosen, config, target, codes=codes,
