@@ -57,7 +57,7 @@ def _quantize(graph: ir.Graph, x: ir.Value, tensor: TensorQuant, inside: set[str
     codes = tape.op("QuantizeLinear", [x, *parameters])
     x_hat = tape.op("DequantizeLinear", [codes, *parameters])
     codes.shape = x_hat.shape = x.shape
-    codes.dtype, x_hat.dtype = parameters[1].dtype, ir.DataType.FLOAT
+    codes.type, x_hat.type = parameters[1].type, ir.TensorType(ir.DataType.FLOAT)
     for node in tape.nodes:
         node.name = f"{name}/{node.op_type}"
     if producer is not None:

@@ -37,8 +37,9 @@ def observe_tensors(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Stats]:
-    """Statistics of all activations of `units` that are not refused, by name; one channel each. What is
-    infinite has infinite extremes: a mask may be.
+    """Statistics of all activations of `units` that are not refused, by name; one channel each.
+
+    What is infinite has infinite extremes: a mask may be.
 
     Args:
         model: that the units are of.

@@ -144,6 +144,23 @@ class EdgePlan:
     def quantized(self) -> tuple[UnitPlan, ...]:
         return tuple(unit for unit in self.units if unit.code is not None)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Without the codes: what `qcompile.json` keeps."""
+        return {
+            "tensors": [dataclasses.asdict(tensor) for tensor in self.tensors],
+            "constants": [
+                {
+                    "node": each.node,
+                    "value": each.value,
+                    "code": each.code,
+                    "shape": list(each.codes.shape),
+                    "axis": each.axis,
+                }
+                for each in self.constants
+            ],
+            "ops": [dataclasses.asdict(unit) for unit in self.units],
+        }
+
     def tensor(self, value: str) -> TensorQuant | None:
         """The decision for the activation `value`, or None where it stays in float."""
         return next((tensor for tensor in self.tensors if tensor.value == value), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -13,11 +12,12 @@ import onnx_ir as ir
 
 from qcompile.calibration.ranges import static_range
 from qcompile.calibration.stats import Stats
-from qcompile.config import RangeMethod
 from qcompile.edge.operands import quantize_bias, quantize_constant, quantize_operand
 from qcompile.edge.plan import LIMITS, Code, ConstantQuant, EdgePlan, TensorQuant, UnitPlan
 from qcompile.edge.profiles import Profile
+from qcompile.edge.settings import Settings
 from qcompile.edge.units import Unit, axis_of
+from qcompile.errors import ModelError
 from qcompile.metrics import sqnr_db
 
 Array = npt.NDArray[Any]
@@ -28,25 +28,6 @@ or reads it with it; of a Gaussian, eight bits keep some 40 dB."""
 
 _FIXED: Final = {"Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "HardSigmoid": (0.0, 1.0)}
 """Ranges that the op itself sets, whatever calibration saw."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How tensors are quantised, as far as it is not the profile's.
-
-    Attributes:
-        activation: type of the codes of activations.
-        weight: type of the codes of weights.
-        symmetric: whether zero is in the middle of an activation's codes.
-        per_channel: whether weights have a scale per output channel, where the profile allows it.
-        ranges: how a range is drawn from what calibration saw.
-    """
-
-    activation: Code = "uint8"
-    weight: Code = "int8"
-    symmetric: bool = False
-    per_channel: bool = True
-    ranges: RangeMethod = "minmax"
 
 
 def plan_edge(
@@ -100,6 +81,18 @@ def plan_edge(
     )
 
 
+def require_any(plan: EdgePlan) -> None:
+    """Refuse to call a model quantised in which nothing is.
+
+    Raises:
+        ModelError: every op stays in float; says why the first does.
+    """
+    if plan.quantized:
+        return
+    why = f"{plan.units[0].name}: {plan.units[0].reason}" if plan.units else "it has no float op"
+    raise ModelError(f"nothing can be quantised: {why}", hint="--scheme fp32 compiles it as is")
+
+
 def affine(
     low: float, high: float, code: Code, *, symmetric: bool, power_of_two: bool = False
 ) -> tuple[float, int]:
@@ -137,7 +130,7 @@ def rounding_db(stats: Stats, scale: float, zero_point: int, code: Code) -> floa
     return sqnr_db(float((counts * np.square(values)).sum()), noise)
 
 
-def _drop_idle_movers(chosen: Sequence[Unit], refused: dict[ir.Node, str | None]) -> None:
+def _drop_idle_movers(chosen: Sequence[Unit], refused: dict[ir.Node, str]) -> None:
     """Movers pass codes on; between floats they would only round."""
     coded = {v for unit in chosen if not unit.moves for v in unit.tensors}
     movers = [unit for unit in chosen if unit.moves]
@@ -179,7 +172,7 @@ def _plan_tensors(
                 low,
                 high,
                 settings.activation,
-                symmetric=settings.symmetric or profile.symmetric,
+                symmetric=settings.symmetric,
                 power_of_two=profile.power_of_two,
             )
         for value in members:
@@ -242,7 +235,7 @@ def _plan_operands(
                 low,
                 high,
                 settings.activation,
-                symmetric=settings.symmetric or profile.symmetric,
+                symmetric=settings.symmetric,
                 power_of_two=profile.power_of_two,
             )
             like = TensorQuant("", settings.activation, scale, zero_point, "", low, high, 0.0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import onnx_ir as ir
 
+from qcompile.config import Recipe
 from qcompile.edge.profiles import Profile
+from qcompile.errors import ConfigError
 from qcompile.linears import is_constant
 from qcompile.names import module_path
 
@@ -72,12 +74,43 @@ class Unit:
 
     @property
     def name(self) -> str:
-        return module_path(self.first) or str(self.first.name)
+        return str(self.first.name)
 
     @property
     def tensors(self) -> tuple[ir.Value, ...]:
         """The activations in and out."""
         return (*self.inputs, *self.outputs)
+
+
+def name_units(graph: ir.Graph) -> None:
+    """Name every node of `graph` by its module, so that recipes, reports and the artifact agree."""
+    taken: set[str] = set()
+    for node in graph:
+        path = module_path(node)
+        if node.op_type not in WEIGHTED and not path.endswith(node.op_type):
+            path = f"{path}.{node.op_type}".strip(".")
+        name, call = path or node.op_type, 0
+        while name in taken:
+            call += 1
+            name = f"{path or node.op_type}#{call}"
+        taken.add(name)
+        node.name = name
+
+
+def keep_float(units: Iterable[Unit], recipe: Recipe) -> dict[str, str]:
+    """Units that `recipe` keeps in float, with the reason.
+
+    Raises:
+        ConfigError: a glob that matches none.
+    """
+    names = [unit.name for unit in units]
+    unmatched = recipe.unmatched(names)
+    if unmatched:
+        raise ConfigError(
+            f"recipe rule {unmatched[0]!r} matches no op",
+            hint=f"ops are named like {names[0]!r}" if names else "the model has none in float32",
+        )
+    return {name: "recipe" for name in names if recipe.rule_for(name).precision == "float"}
 
 
 def find_units(graph: ir.Graph, profile: Profile) -> list[Unit]:
