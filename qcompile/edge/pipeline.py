@@ -89,7 +89,7 @@ def compile_edge(
 
     with phases.phase("verify") as step:
         findings = verify_edge(
-            work / "traced.onnx", float_path, path, plan, profile, settings, config.opset, runtime,
+            work / "traced.onnx", float_path, path, profile, settings, config.opset, runtime,
             model.kind, data.held_back, progress=step,
         )  # fmt: skip
         if findings.problems and config.strict:
