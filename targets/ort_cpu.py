@@ -43,6 +43,7 @@ class OrtCpu(Target):
     variants = ("avx2", "vnni", "arm64")
     caches = ("float32",)
     joins = True
+    ort_style = "fixed"
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
         Capability(
