@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from qcompile.equivalence import TOLERANCE
 from qcompile.errors import ModelError, VerificationError
-from qcompile.session import HERE, first_sample, open_session, run_outputs
+from qcompile.session import HERE, Runtime, first_sample, open_session, run_outputs
 from qcompile.traced import Batch
 
 OrtStyle: TypeAlias = Literal["fixed", "runtime"]
@@ -26,7 +26,7 @@ _LARGEST: Final = 2**31 - 1
 """A flatbuffer's offsets have 32 bits and a sign."""
 
 
-def write_ort(path: Path, style: OrtStyle, feed: Batch) -> None:
+def write_ort(path: Path, style: OrtStyle, feed: Batch, runtime: Runtime = HERE) -> None:
     """Write ``model.ort`` and ``required_operators.config`` beside the graph.
 
     The second lists the operators, and the types of each, that a build of ONNX Runtime needs
@@ -36,6 +36,7 @@ def write_ort(path: Path, style: OrtStyle, feed: Batch) -> None:
         path: the graph, as it was emitted.
         style: what is done to it before it is written.
         feed: its first sample must give the same outputs from both files.
+        runtime: how sessions on the graph are opened.
 
     Raises:
         ModelError: the graph does not fit into the format, or ONNX Runtime refuses it.
@@ -51,6 +52,8 @@ def write_ort(path: Path, style: OrtStyle, feed: Batch) -> None:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.optimized_model_filepath = str(output)
+    for key, value in runtime.entries.items():
+        options.add_session_config_entry(key, value)
     options.add_session_config_entry("session.save_model_format", "ORT")
     if style == "runtime":
         options.add_session_config_entry("optimization.minimal_build_optimizations", "save")
@@ -59,14 +62,14 @@ def write_ort(path: Path, style: OrtStyle, feed: Batch) -> None:
         written = ort.InferenceSession(
             str(path),
             options,
-            providers=list(HERE.providers),
+            providers=list(runtime.providers),
             disabled_optimizers=["NchwcTransformer"],
         )
     except Exception as error:  # onnxruntime raises its own, unexported types
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"ONNX Runtime cannot write {ORT_GRAPH}: {lines[0]}") from error
     _write_required(output, path.parent / REQUIRED)
-    _compare(written, output, feed)
+    _compare(written, open_session(output, runtime), feed)
 
 
 def _write_required(graph: Path, output: Path) -> None:
@@ -89,11 +92,11 @@ def _write_required(graph: Path, output: Path) -> None:
     output.write_text(text + "\n", encoding="utf-8")
 
 
-def _compare(written: ort.InferenceSession, output: Path, feed: Batch) -> None:
-    """Refuse a file that computes anything but what the session that wrote it does."""
+def _compare(written: ort.InferenceSession, again: ort.InferenceSession, feed: Batch) -> None:
+    """Refuse a file that, opened `again`, computes anything but what the session does that wrote it."""
     sample = first_sample(written, feed)
     wanted = run_outputs(written, sample)
-    found = run_outputs(open_session(output), sample)
+    found = run_outputs(again, sample)
     for name, expected in wanted.items():
         difference = float(np.abs(expected - found[name]).max(initial=0.0))
         largest = float(np.abs(expected).max(initial=0.0))

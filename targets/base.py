@@ -74,6 +74,9 @@ class Target(abc.ABC):
     """Labels whose activations are quantised by the kernel of another, as fast."""
     ort_style: OrtStyle | None = None
     """How its graphs are written in ONNX Runtime's own format; None: they cannot be."""
+    tensors: bool = False
+    """Whether the tensors between any ops get codes, and not the activations of Linears alone:
+    `qcompile.edge` compiles for it then."""
     probe_bytes: int = 48 << 20
     """Bytes of float32 weights that a probe fills where it can: more than a cache holds."""
 

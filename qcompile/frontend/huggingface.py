@@ -20,6 +20,7 @@ from qcompile.errors import ConfigError, ModelError, QcompileError
 from qcompile.frontend.adapter import add_adapter
 from qcompile.frontend.export import check_finite_weights, export_module
 from qcompile.frontend.gguf import is_gguf, load_gguf, load_gguf_tokenizer, read_gguf_config
+from qcompile.frontend.opset import OPSET
 from qcompile.frontend.quantized import load_quantized
 from qcompile.traced import Kind, TracedModel
 
@@ -87,7 +88,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         example,
         {name: {0: batch, 1: sequence} for name in example},
         [output],
-        opset=config.opset,
+        opset=OPSET,
         work=work,
     )
     # Not by `del`: torch.export's and onnxscript's caches keep the module.
