@@ -166,6 +166,13 @@ def cli() -> None:
     default=True,
     help="Fail where verification does not hold, or only report it.  [default: strict]",
 )
+@click.option(
+    "--format",
+    type=click.Choice(["onnx", "ort"]),
+    default="onnx",
+    show_default=True,
+    help="ort: model.ort too, for reduced builds, and the operators that one needs.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")

@@ -185,6 +185,8 @@ class CompileConfig(_Frozen):
         adapter_mode: ``merge`` it into the weights before they are quantised, or ``keep`` it beside
             them in float.
         strict: a verification that does not hold is an error, not only a line in the report.
+        format: ``ort`` also writes the graph in ONNX Runtime's own format, for reduced builds of
+            it, with the operators and types that such a build needs.
 
     Raises:
         ConfigError: an unknown option, a value out of its range, or one without effect.
@@ -219,6 +221,7 @@ class CompileConfig(_Frozen):
     adapter: Path | None = None
     adapter_mode: AdapterMode = "merge"
     strict: bool = True
+    format: Literal["onnx", "ort"] = "onnx"
 
     @pydantic.field_validator("recipe", mode="before")
     @classmethod

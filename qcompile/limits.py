@@ -72,6 +72,12 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             raise ConfigError(f"scheme {scheme.name}: {missing}")
     if config.last_logits and not config.cache and scheme.cache_bits is None:
         raise ConfigError("last_logits are for generating, so they want a cache")
+    if config.format == "ort" and target.ort_style is None:
+        raise ConfigError(
+            f"format ort is for reduced builds of ONNX Runtime, and target {target.name} runs by "
+            "operators of its own, which no such build has",
+            hint="leave --format ort out",
+        )
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
     if scheme.method is not None and config.method not in ("rtn", scheme.method):

@@ -40,6 +40,7 @@ from qcompile.limits import (
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
 from qcompile.options import find_options, needs_ranges, require_any, scales_channels
+from qcompile.ort_format import write_ort
 from qcompile.passes.attention_3d import AttentionTo3D
 from qcompile.passes.canonical_linear import CanonicalLinear
 from qcompile.passes.fuse_attention import FuseAttention
@@ -309,6 +310,8 @@ def compile_shared(
         sqnr = measure_sqnr(smoothed, path, plan, data.held_back[0], work)
         if config.last_logits:
             keep_last(graph, path, target, data.held_back[0])
+        if config.format == "ort" and target.ort_style is not None:
+            write_ort(path, target.ort_style, data.held_back[0])
 
     report = make_report(
         model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases,

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from qcompile.config import Activations
 from qcompile.makers import Maker
+from qcompile.ort_format import OrtStyle
 from qcompile.precision import MODES, Floats, Label, OpPlan, PrecisionPlan
 from qcompile.session import HERE, Runtime
 
@@ -71,6 +72,8 @@ class Target(abc.ABC):
     """Labels whose Linears meet the kernel of another: one time for both."""
     converted_as: Mapping[Label, Label] = MappingProxyType({})
     """Labels whose activations are quantised by the kernel of another, as fast."""
+    ort_style: OrtStyle | None = None
+    """How its graphs are written in ONNX Runtime's own format; None: they cannot be."""
     tensors: bool = False
     """Whether the tensors between any ops get codes, and not the activations of Linears alone:
     `qcompile.edge` compiles for it then."""

@@ -45,6 +45,7 @@ class OrtCpu(Target):
     caches = ("float32",)
     joins = True
     converted_as = MappingProxyType({"llm-int8": "token"})
+    ort_style = "fixed"
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
         Capability(

@@ -20,6 +20,7 @@ from qcompile.edge.static_shapes import bind_shapes, check_input_shapes, infer_s
 from qcompile.edge.units import find_units, keep_float, name_units
 from qcompile.edge.verifying import verify_edge
 from qcompile.errors import VerificationError
+from qcompile.ort_format import write_ort
 from qcompile.passes.decompose import Decompose
 from qcompile.passes.quantize_tensors import QuantizeTensors
 from qcompile.passes.to_opset import ToOpset
@@ -97,6 +98,8 @@ def compile_edge(
                 "; ".join(findings.problems), hint="--no-strict writes the artifact all the same"
             )
         sqnr = measure_units(float_path, path, plan, runtime, data.held_back[0])
+        if config.format == "ort" and target.ort_style is not None:
+            write_ort(path, target.ort_style, data.held_back[0], runtime)
 
     report = make_edge_report(
         model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases
