@@ -13,7 +13,7 @@ from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.planfile import PlanFile
 from qcompile.schemes import Scheme
 from qcompile.targets import Target
-from qcompile.traced import TracedModel
+from qcompile.traced import LOGITS, TracedModel
 from qcompile.verify import Verification
 
 
@@ -133,7 +133,7 @@ def check_limits(config: CompileConfig, model: TracedModel) -> None:
             f"a cache is for a causal language model, and this one does {model.task}",
             hint="leave --cache out",
         )
-    if config.max_kl is not None and model.kind not in ("text-generation", "text-classification"):
+    if config.max_kl is not None and model.kind not in LOGITS:
         raise ConfigError(
             f"max_kl is a limit on logits, and the outputs of a {model.task} model are none",
             hint="--objective accuracy with --min-speedup trades the same way",
