@@ -165,6 +165,10 @@ class CompileConfig(_Frozen):
             too, after a colon.
         block_size: of their input channels that share a scale; None: 32.
         symmetric: whether their blocks have no zero points; None: as the method has it.
+        equalize: move scales between ops before they are quantised (arXiv 1906.04721); None: where
+            the target gains by it.
+        bias_correction: add what rounding shifts on average to biases (the same paper); None: as
+            the target has it.
         recipe: per-module overrides; a mapping as in a recipe file will do.
         task: a task name of optimum's, instead of the one read from the model.
         opset: ONNX opset of the exported graph.
@@ -199,6 +203,8 @@ class CompileConfig(_Frozen):
     method: Method = "rtn"
     block_size: Literal[32, 64, 128] | None = None
     symmetric: bool | None = None
+    equalize: bool | None = None
+    bias_correction: bool | None = None
     recipe: Recipe = Recipe()
     task: str | None = None
     opset: Annotated[int, pydantic.Field(ge=23, le=23)] = 23

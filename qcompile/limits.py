@@ -67,6 +67,15 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             raise ConfigError(f"scheme {scheme.name}: {missing}")
     if config.last_logits and not config.cache and scheme.cache_bits is None:
         raise ConfigError("last_logits are for generating, so they want a cache")
+    if config.equalize and not target.equalizes:
+        raise ConfigError(
+            f"target {target.name} gives each output channel a scale and smooths what Linears "
+            "read, so equalize has no effect",
+            hint="--smooth moves scales there",
+        )
+    if config.bias_correction and (scheme.keeps or not scheme.quantizes):
+        what = "keeps its codes as they are" if scheme.keeps else "quantises nothing"
+        raise ConfigError(f"scheme {scheme.name} {what}, so bias_correction has no effect")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
     if scheme.method is not None and config.method not in ("rtn", scheme.method):
