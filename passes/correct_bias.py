@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, derived, drop_unused
@@ -33,7 +35,7 @@ class CorrectBias(ir.passes.InPlacePass):
             if op.bias is None:
                 bias = constant(model.graph, f"{op.name}.bias", shift)
             else:
-                bias = derived(op.bias, "corrected", lambda b, s=shift: b + s, op.bias.shape)
+                bias = derived(op.bias, "corrected", partial(np.add, shift), op.bias.shape)
             set_bias(model.graph, op, bias)
             op.node.metadata_props[_DONE] = "1"
             modified = True

@@ -43,11 +43,11 @@ def _apply(graph: ir.Graph, ops: dict[str, Weighted], pair: Equalized) -> None:
     first, second = ops[pair.first], ops[pair.second]
     shape = [1] * len(first.weight.shape or ())
     shape[first.out_axis] = -1
-    ops[pair.first] = first = first.with_weight(
-        _times(first.weight, 1.0 / pair.scale.reshape(shape))
-    )
+    inverse = 1.0 / pair.scale
+    first = first.with_weight(_times(first.weight, inverse.reshape(shape)))
     if first.bias is not None:
-        ops[pair.first] = set_bias(graph, first, _times(first.bias, 1.0 / pair.scale))
+        first = set_bias(graph, first, _times(first.bias, inverse))
+    ops[pair.first] = first
     factor = _of_inputs(second, pair.scale[pair.channels])
     ops[pair.second] = second.with_weight(_times(second.weight, factor))
     second.node.metadata_props[_DONE] = pair.first
@@ -64,9 +64,7 @@ def _of_inputs(op: Weighted, scale: Any) -> Any:
 
 
 def _times(value: ir.Value, factor: Any) -> ir.Value:
-    return derived(
-        value,
-        "equalized",
-        lambda a: (a.astype(np.float64) * factor).astype(np.float32),
-        value.shape,
-    )
+    def multiplied(array: Any) -> Any:
+        return (array.astype(np.float64) * factor).astype(np.float32)
+
+    return derived(value, "equalized", multiplied, value.shape)

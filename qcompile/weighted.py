@@ -138,7 +138,7 @@ def _of_conv(node: ir.Node) -> Weighted | None:
         return None
     if weight.shape is None or weight.dtype != ir.DataType.FLOAT or is_constant(node.inputs[0]):
         return None
-    out_channels, depth = (int(d) for d in weight.shape[:2])
+    out_channels, depth = (int(d) for d in weight.shape[:2])  # type: ignore[arg-type]
     groups = node.attributes.get_int("group", 1)
     return Weighted(
         module_path(node), node, weight, bias, node.outputs[0], depth * groups, out_channels, groups
