@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import pydantic
 import yaml
 
+from qcompile.edge.options import EdgeOptions
 from qcompile.errors import ConfigError
 from qcompile.methods import Method
 
@@ -171,7 +172,8 @@ class CompileConfig(_Frozen):
             the target has it.
         recipe: per-module overrides; a mapping as in a recipe file will do.
         task: a task name of optimum's, instead of the one read from the model.
-        opset: ONNX opset of the exported graph.
+        opset: ONNX opset of the graph; 23 but for `onnx-edge`.
+        edge: options of `onnx-edge`.
         seed: of everything random (generated calibration data).
         trust_remote_code: let Transformers run Python code that a model folder carries.
         shapes: (batch, sequence) pairs to plan for and to measure speed at; none: 1x128 of tokens
@@ -207,7 +209,8 @@ class CompileConfig(_Frozen):
     bias_correction: bool | None = None
     recipe: Recipe = Recipe()
     task: str | None = None
-    opset: Annotated[int, pydantic.Field(ge=23, le=23)] = 23
+    opset: Annotated[int, pydantic.Field(ge=13, le=23)] = 23
+    edge: EdgeOptions = EdgeOptions()
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
     trust_remote_code: bool = False
     shapes: tuple[Shape, ...] = ()

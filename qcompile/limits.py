@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import onnx_ir as ir
 
 from qcompile.cache import PAST
 from qcompile.config import CompileConfig
 from qcompile.costs import open_costs
+from qcompile.edge.options import EdgeOptions
 from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.planfile import PlanFile
 from qcompile.schemes import Scheme
 from qcompile.targets import Target
 from qcompile.traced import LOGITS, TracedModel
 from qcompile.verify import Verification
+
+_EDGE_TAKES: Final = (("activations", "static"), ("objective", "scheme"))
+"""Options that say what target onnx-edge does anyway."""
 
 
 def check_plan_paths(config: CompileConfig) -> None:
@@ -191,3 +196,30 @@ def broken_limits(
         if size > config.max_size:
             problems.append(f"the weights take {size} bytes, above max_size {config.max_size}")
     return problems
+
+
+def check_edge(target: Target, config: CompileConfig) -> None:
+    """Refuse options of `onnx-edge` for another target, and others' options for it.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    if not target.tensors:
+        if config.opset != CompileConfig.model_fields["opset"].default:
+            raise ConfigError(f"opset {config.opset} is for target onnx-edge; {target.name} has 23")
+        asked = sorted(config.edge.model_fields_set)
+        if config.edge != EdgeOptions():
+            raise ConfigError(f"{asked[0]} is for target onnx-edge, and not for {target.name}")
+        return
+    for field in (
+        *("activations", "objective", "max_kl", "min_speedup", "max_size", "costs", "plan_in"),
+        *("plan_out", "shapes", "cache", "last_logits", "block_size", "symmetric", "method"),
+    ):
+        given, default = getattr(config, field), CompileConfig.model_fields[field].default
+        if given != default and (field, given) not in _EDGE_TAKES:
+            raise ConfigError(f"target {target.name} does without {field}, so it has no effect")
+    rule = next((rule for _, rule in config.recipe.rules if rule.precision != "float"), None)
+    if rule is not None:
+        raise ConfigError(
+            f"a recipe for target {target.name} says only which modules stay in float"
+        )

@@ -32,6 +32,7 @@ from qcompile.last import keep_last
 from qcompile.limits import (
     broken_limits,
     check_cache_bits,
+    check_edge,
     check_limits,
     check_plan_paths,
     check_target,
@@ -167,6 +168,7 @@ def checked(
     if not scheme.quantizes and config.plans:
         raise ConfigError(f"scheme {scheme.name} plans nothing, so {config.plans[0]} has no effect")
     check_target(chosen_target, scheme, config)
+    check_edge(chosen_target, config)
     if scheme.method is not None:
         config = config.model_copy(update={"method": scheme.method})
     if scheme.cache_bits is not None:
@@ -187,9 +189,13 @@ def compile_shared(
     phases: Phases,
 ) -> Report:
     """Compile into `folder`, which is there and empty; what `shared` lacks is added to it."""
+    if target.tensors:
+        from qcompile.edge.pipeline import compile_edge  # it is made of the same phases as this
+
+        return compile_edge(shared, target, target_spec, scheme, config, folder, phases)
     work = shared.work
     with phases.phase("trace"):
-        model = shared.model or _traced(shared.source, config, work)
+        model = shared.model or traced(shared.source, config, work)
         shared.model = model
         check_limits(config, model)
         traced_path = work / "traced.onnx"
@@ -206,7 +212,7 @@ def compile_shared(
     planned_path = lowered((), target.floats, work / "planned.onnx") if cached else baseline_path
 
     with phases.phase("data") as step:
-        data = shared.data or _calibration_data(
+        data = shared.data or calibration_data(
             shared.calibration, model, config, scheme, work, step
         )
         shared.data = data
@@ -322,7 +328,7 @@ def compile_shared(
     return report
 
 
-def _traced(source: frontend.Source, config: CompileConfig, work: Path) -> TracedModel:
+def traced(source: frontend.Source, config: CompileConfig, work: Path) -> TracedModel:
     model = frontend.load(source, config, work)
     check_shapes(config.shapes, model)
     stored = model.checkpoint.weights if model.checkpoint is not None else ()
@@ -386,7 +392,7 @@ def _apply(
     return graph, smoothing, plan
 
 
-def _calibration_data(
+def calibration_data(
     given: Calibration,
     model: TracedModel,
     config: CompileConfig,

@@ -74,6 +74,9 @@ class Target(abc.ABC):
     """Labels whose Linears meet the kernel of another: one time for both."""
     converted_as: Mapping[Label, Label] = MappingProxyType({})
     """Labels whose activations are quantised by the kernel of another, as fast."""
+    tensors: bool = False
+    """Whether the tensors between any ops get codes, and not the activations of Linears alone:
+    `qcompile.edge` compiles for it then."""
     probe_bytes: int = 48 << 20
     """Bytes of float32 weights that a probe fills where it can: more than a cache holds."""
 

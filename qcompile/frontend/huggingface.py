@@ -26,6 +26,7 @@ from qcompile.frontend.image import (
     image_example,
     load_image_processor,
 )
+from qcompile.frontend.opset import OPSET
 from qcompile.frontend.quantized import load_quantized
 from qcompile.traced import Kind, TracedModel
 
@@ -103,7 +104,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         example,
         dict.fromkeys(example, axes),
         [output],
-        opset=config.opset,
+        opset=OPSET,
         work=work,
     )
     # Not by `del`: torch.export's and onnxscript's caches keep the module.

@@ -16,6 +16,7 @@ import torch
 from qcompile.config import CompileConfig
 from qcompile.errors import ModelError
 from qcompile.frontend.export import check_finite_weights, export_module
+from qcompile.frontend.opset import OPSET
 from qcompile.traced import TracedModel
 
 
@@ -67,7 +68,7 @@ def trace_module(
         _at_least_two(example),
         {key: _dynamic_axes(tensor) for key, tensor in example.items()},
         outputs,
-        opset=config.opset,
+        opset=OPSET,
         work=work,
     )
     module.train(training)  # the caller's module is left as it was
