@@ -34,6 +34,7 @@ class OnnxEdge(Target):
     schemes = ("fp32", "w8a8")
     modes = ("static",)
     tensors = True
+    equalizes = True
     capabilities = tuple(
         Capability(
             op=", ".join(sorted(profile.computes)),

@@ -23,6 +23,7 @@ from qcompile.frontend.gguf import is_gguf, load_gguf, load_gguf_tokenizer, read
 from qcompile.frontend.image import (
     PROCESSOR,
     OneImageOutput,
+    any_size,
     image_example,
     load_image_processor,
 )
@@ -92,7 +93,9 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         tokenizer, max_length = None, None
         processor = _guarded(source, load_image_processor, source, config.trust_remote_code)
         wrapper, example = OneImageOutput(module, output), image_example(module, processor)
-        axes = {0: batch}
+        axes: dict[int, Any] = {0: batch}
+        if any_size(module, processor):
+            axes |= dict.fromkeys((2, 3), torch.export.Dim.AUTO)
     else:
         processor, tokenizer = None, _load_tokenizer(source, config.trust_remote_code)
         max_length = _max_length(module)

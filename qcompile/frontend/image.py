@@ -37,6 +37,11 @@ def load_image_processor(source: str, trust: bool) -> Any:
     )
 
 
+def any_size(module: Any, processor: Any) -> bool:
+    """Whether neither the model nor its processor says how large an image is."""
+    return processor is None and not hasattr(module.config, "image_size")
+
+
 def image_example(module: Any, processor: Any) -> dict[str, torch.Tensor]:
     """Two black images, float32 [2, channels, height, width], of the size that the model takes.
 
