@@ -51,7 +51,7 @@ def cli() -> None:
 @click.option(
     "--calibration",
     type=click.Path(),
-    help="Text (.txt, .jsonl) or inputs by name (.npz, or a folder of them).",
+    help="Text (.txt, .jsonl), a folder of images, or inputs by name (.npz, .npy for one input).",
 )
 @click.option("--samples", type=int, default=64, show_default=True, help="Calibration samples.")
 @click.option("--seq-len", type=int, default=256, show_default=True, help="Tokens per sample.")
@@ -111,6 +111,16 @@ def cli() -> None:
     "--outlier-share",
     type=float,
     help="llm-int8, spqr: part of the input channels that stays in float, up to 0.125.",
+)
+@click.option(
+    "--equalize/--no-equalize",
+    default=None,
+    help="Move scales between ops (cross-layer equalisation).  [default: on onnx-edge]",
+)
+@click.option(
+    "--bias-correction/--no-bias-correction",
+    default=None,
+    help="Add what rounding shifts on average to biases.  [default: on onnx-edge]",
 )
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="YAML: module-path glob -> overrides."

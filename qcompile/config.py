@@ -170,6 +170,10 @@ class CompileConfig(_Frozen):
             the scheme is ``llm-int8``; None: 6, as in the paper.
         outlier_share: part of the input channels that stays in float, for ``llm-int8`` instead of
             a threshold, and for the method ``spqr``; None: a hundredth there.
+        equalize: move scales between ops before they are quantised (arXiv 1906.04721); None: where
+            the target gains by it.
+        bias_correction: add what rounding shifts on average to biases (the same paper); None: as
+            the target has it.
         recipe: per-module overrides; a mapping as in a recipe file will do.
         task: a task name of optimum's, instead of the one read from the model.
         opset: ONNX opset of the graph; 23 but for `onnx-edge`.
@@ -209,6 +213,8 @@ class CompileConfig(_Frozen):
     symmetric: bool | None = None
     outlier_threshold: Annotated[float, pydantic.Field(gt=0)] | None = None
     outlier_share: Annotated[float, pydantic.Field(gt=0, le=0.125)] | None = None
+    equalize: bool | None = None
+    bias_correction: bool | None = None
     recipe: Recipe = Recipe()
     task: str | None = None
     opset: Annotated[int, pydantic.Field(ge=13, le=23)] = 23

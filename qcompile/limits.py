@@ -15,7 +15,7 @@ from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.planfile import PlanFile
 from qcompile.schemes import Scheme
 from qcompile.targets import Target
-from qcompile.traced import TracedModel
+from qcompile.traced import LOGITS, TracedModel
 from qcompile.verify import Verification
 
 _EDGE_TAKES: Final = (("activations", "static"), ("objective", "scheme"))
@@ -78,6 +78,15 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             "operators of its own, which no such build has",
             hint="leave --format ort out",
         )
+    if config.equalize and not target.equalizes:
+        raise ConfigError(
+            f"target {target.name} gives each output channel a scale and smooths what Linears "
+            "read, so equalize has no effect",
+            hint="--smooth moves scales there",
+        )
+    if config.bias_correction and (scheme.keeps or not scheme.quantizes):
+        what = "keeps its codes as they are" if scheme.keeps else "quantises nothing"
+        raise ConfigError(f"scheme {scheme.name} {what}, so bias_correction has no effect")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
     if scheme.method is not None and config.method not in ("rtn", scheme.method):
@@ -171,7 +180,7 @@ def check_limits(config: CompileConfig, model: TracedModel) -> None:
             f"a cache is for a causal language model, and this one does {model.task}",
             hint="leave --cache out",
         )
-    if config.max_kl is not None and model.kind not in ("text-generation", "text-classification"):
+    if config.max_kl is not None and model.kind not in LOGITS:
         raise ConfigError(
             f"max_kl is a limit on logits, and the outputs of a {model.task} model are none",
             hint="--objective accuracy with --min-speedup trades the same way",

@@ -23,6 +23,7 @@ from qcompile.calibration.stats import Stats
 from qcompile.choosing import decide, scheme_choice
 from qcompile.codes import find_codes
 from qcompile.config import CompileConfig
+from qcompile.correction import correct_linears
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
 from qcompile.joining import plan_joins
@@ -43,6 +44,8 @@ from qcompile.options import find_options, needs_ranges, require_any, scales_cha
 from qcompile.ort_format import write_ort
 from qcompile.passes.attention_3d import AttentionTo3D
 from qcompile.passes.canonical_linear import CanonicalLinear
+from qcompile.passes.correct_bias import CorrectBias
+from qcompile.passes.fold_affine import FoldAffine
 from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_layer_norm import FuseLayerNorm
@@ -87,6 +90,7 @@ def canonicalize(kept: Collection[str] = ()) -> list[ir.passes.InPlacePass]:
         FuseAttention(),
         AttentionTo3D(),
         CanonicalLinear(kept),
+        FoldAffine(kept),
     ]
 
 
@@ -276,6 +280,10 @@ def compile_shared(
     if scheme.cache_bits is not None:
         with phases.phase("cache") as step:
             cache = plan_cache(smoothed, scheme.cache_bits, data.calibration, work, progress=step)
+    if config.bias_correction:
+        with phases.phase("correct") as step:
+            correction = correct_linears(graph, plan, data.calibration, work, progress=step)
+        run(graph, [CorrectBias(correction)])
     run(graph, [Quantize(plan)])
 
     with phases.phase("lower"):

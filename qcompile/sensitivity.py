@@ -30,7 +30,7 @@ from qcompile.linears import Linear
 from qcompile.outliers import Split
 from qcompile.planning import weight_of
 from qcompile.precision import ActivationQuant, Label, OpPlan, PrecisionPlan
-from qcompile.traced import Kind
+from qcompile.traced import LOGITS, Kind
 
 Tensor: TypeAlias = torch.Tensor
 Array: TypeAlias = npt.NDArray[Any]
@@ -43,7 +43,7 @@ _BLOCK_LEVELS: Final = 127
 
 def unit_of(kind: Kind) -> str:
     """What damage is measured in."""
-    if kind in ("text-generation", "text-classification"):
+    if kind in LOGITS:
         return "KL"
     return "1 − cosine" if kind == "feature-extraction" else "relative squared error"
 

@@ -35,6 +35,7 @@ class OnnxEdge(Target):
     modes = ("static",)
     tensors = True
     ort_style = "runtime"
+    equalizes = True
     capabilities = tuple(
         Capability(
             op=", ".join(sorted(profile.computes)),

@@ -78,7 +78,7 @@ def trace_module(
         ir=graph,
         name=name,
         task=config.task or "other",
-        kind="other",
+        kind="image-classification" if config.task == "image-classification" else "other",
         example=feed,
     )
 
