@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -43,6 +44,8 @@ class OrtCpu(Target):
     variants = ("avx2", "vnni", "arm64")
     caches = ("float32",)
     joins = True
+    converted_as = MappingProxyType({"llm-int8": "token"})
+    ort_style = "fixed"
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
         Capability(
@@ -65,6 +68,13 @@ class OrtCpu(Target):
             "int8 per output channel",
             _KERNEL,
             "static, with outlier channels on several channels each",
+        ),
+        Capability(
+            "MatMul",
+            "llm-int8",
+            "int8 per output channel",
+            _KERNEL,
+            "as token, outlier channels in a narrow float product beside it",
         ),
         Capability(
             "MatMul",

@@ -17,6 +17,7 @@ from qcompile.config import CompileConfig
 from qcompile.errors import ModelError
 from qcompile.frontend.export import check_finite_weights, export_module
 from qcompile.frontend.fake_quant import fixed_scales
+from qcompile.frontend.opset import OPSET
 from qcompile.frontend.qdq import keep_scales, trained_scales
 from qcompile.spill import spill
 from qcompile.traced import TracedModel
@@ -71,7 +72,7 @@ def trace_module(
             _at_least_two(example),
             {key: _dynamic_axes(tensor) for key, tensor in example.items()},
             outputs,
-            opset=config.opset,
+            opset=OPSET,
         )
         checkpoint = keep_scales(graph) if trained_scales(graph) else None
         graph = spill(graph, work, "traced")
@@ -82,7 +83,7 @@ def trace_module(
         ir=graph,
         name=name,
         task=config.task or "other",
-        kind="other",
+        kind="image-classification" if config.task == "image-classification" else "other",
         example=feed,
         checkpoint=checkpoint,
     )
