@@ -168,7 +168,7 @@ def _int8_obstacle(
         return refusal
     if target.symmetric and activation.zero_point != 0:
         return f"the INT8 kernel of {target.name} takes no zero point of activations"
-    highest = np.full(linear.in_features, 255)
+    highest = np.full(linear.in_features, activation.highest)
     if target.saturates and (pairs := violations(weight.codes, highest)):
         return f"{pairs} pairs of codes could saturate the INT8 kernel"
     return None
@@ -210,6 +210,6 @@ def _site_plan(
         mode=first.mode,
         scale=first.scale,
         zero_point=first.zero_point + 128 if static else None,  # codes are unsigned here
-        highest=np.full(site.channels, 255),
+        highest=np.full(site.channels, first.highest),
     )
     return SitePlan(site.name, str(site.x.name), activation, tuple(names)), agreed

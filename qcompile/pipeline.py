@@ -20,6 +20,7 @@ from qcompile.calibration.data import CalibrationData, check_calibration_path, l
 from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
+from qcompile.checkpoints.scheme import check_traced
 from qcompile.choosing import decide, scheme_choice
 from qcompile.codes import find_codes
 from qcompile.config import CompileConfig
@@ -199,6 +200,7 @@ def compile_shared(
     with phases.phase("trace"):
         model = shared.model or traced(shared.source, config, work)
         shared.model = model
+        check_traced(scheme, model)
         check_limits(config, model)
         traced_path = work / "traced.onnx"
 

@@ -29,6 +29,7 @@ from qcompile.frontend.image import (
 )
 from qcompile.frontend.opset import OPSET
 from qcompile.frontend.quantized import load_quantized
+from qcompile.spill import spill
 from qcompile.traced import Kind, TracedModel
 
 # Task -> (attribute of the model's output, how it is measured).
@@ -102,14 +103,14 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         wrapper = _OneOutput(module, output)
         example = _example(module, tokenizer, kind, max_length)
         axes = {0: batch, 1: torch.export.Dim("sequence", min=1, max=max_length or 1 << 20)}
-    graph = export_module(
+    exported = export_module(
         wrapper.eval(),
         example,
         dict.fromkeys(example, axes),
         [output],
         opset=OPSET,
-        work=work,
     )
+    graph = spill(exported, work, "traced")
     # Not by `del`: torch.export's and onnxscript's caches keep the module.
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = torch.empty(0)
