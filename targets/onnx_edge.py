@@ -17,6 +17,10 @@ from qcompile.session import Runtime
 _EXACT: Final = Runtime(entries={"session.x64quantprecision": "1"})
 """Devices add in 32 bits; on x86 without VNNI that has to be asked for."""
 
+_FOLDED: Final = Runtime(entries={"session.disable_quant_qdq": "1"})
+"""Weights in codes alone are computed when a session opens; else int4 and int8 kernels for language
+models, which round activations, would take them."""
+
 _INLINE_BYTES: Final = 1 << 30
 """Weights up to this lie in the graph's own file: a page or an app loads one file."""
 
@@ -66,7 +70,7 @@ class OnnxEdge(Target):
         self, folder: Path | None = None, record: Mapping[str, Any] | None = None, *,
         trust_library: bool = False,
     ) -> Runtime:  # fmt: skip
-        return _EXACT
+        return _EXACT if self.profile.activations else _FOLDED
 
     def probe(self) -> dict[str, Any]:
         return {"profile": self.profile.name, "onnxruntime": ort.__version__}

@@ -117,7 +117,7 @@ def test_custom_code_is_not_run(run_cli: RunCli, model: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--target", "ort-tpu"], "unknown target 'ort-tpu' (one of ort-cpu"),
+        (["--target", "ort-tpu"], "unknown target 'ort-tpu' (one of onnx-edge"),
         (["--target", ""], "unknown target ''"),
         (["--target", "ort-cpu:z80"], "has no variant 'z80' (one of avx2"),
         (
