@@ -138,8 +138,8 @@ def _traced(shared: Shared, config: CompileConfig, profile: Profile) -> TracedMo
 
 def _primitive(graph: ir.Model, opset: int, work: Path) -> tuple[ir.Model, Path]:
     """The float graph in ops that are planned one by one, and where it is written."""
-    run(graph, [Decompose(opset), NameFixPass()])
+    run(graph, [Decompose(opset), ZeroBias(), NameFixPass()])
     fold_shapes(graph)
-    run(graph, [ToGemm(), ZeroBias(), NameFixPass()])
+    run(graph, [ToGemm(), NameFixPass()])
     name_units(graph.graph)
     return spill(graph, work, "primitive"), work / "primitive.onnx"
