@@ -11,11 +11,16 @@ import onnxruntime as ort
 from qcompile.targets.base import Capability, Target
 
 from qcompile.edge.profiles import PROFILES, get_profile
+from qcompile.ort_format import OrtStyle
 from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.session import Runtime
 
 _EXACT: Final = Runtime(entries={"session.x64quantprecision": "1"})
 """Devices add in 32 bits; on x86 without VNNI that has to be asked for."""
+
+_ON_CPU: Final = ("generic", "web")
+"""Profiles of ONNX Runtime's own kernels, in WebAssembly too; other providers look for operators
+of ONNX."""
 
 _INLINE_BYTES: Final = 1 << 30
 """Weights up to this lie in the graph's own file: a page or an app loads one file."""
@@ -34,7 +39,6 @@ class OnnxEdge(Target):
     schemes = ("fp32", "w8a8")
     modes = ("static",)
     tensors = True
-    ort_style = "runtime"
     capabilities = tuple(
         Capability(
             op=", ".join(sorted(profile.computes)),
@@ -49,6 +53,10 @@ class OnnxEdge(Target):
     def __init__(self, variant: str = "") -> None:
         self.profile = get_profile(variant)
         self.variant = variant
+
+    @property
+    def ort_style(self) -> OrtStyle:
+        return "fused" if self.profile.name in _ON_CPU else "standard"
 
     @property
     def saturates(self) -> bool:

@@ -22,6 +22,7 @@ from qcompile.targets.base import Capability, Target
 from qcompile.targets.ort_cpu_cache import STORED, cached_codes_obstacle
 
 from qcompile.errors import ConfigError
+from qcompile.ort_format import OrtStyle
 from qcompile.precision import Label, OpPlan, PrecisionPlan
 from qcompile.weight_blocks import BITS
 
@@ -43,7 +44,6 @@ class OrtCpu(Target):
     variants = ("avx2", "vnni", "arm64")
     caches = ("float32",)
     joins = True
-    ort_style = "fixed"
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
         Capability(
@@ -86,6 +86,10 @@ class OrtCpu(Target):
                 hint="one of " + ", ".join(self.variants),
             )
         self.variant = variant
+
+    @property
+    def ort_style(self) -> OrtStyle:
+        return "fused"
 
     @property
     def saturates(self) -> bool:
