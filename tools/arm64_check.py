@@ -5,7 +5,7 @@
 On a Debian machine, without root: an arm64 Python from Debian's packages and the aarch64 wheels
 of onnxruntime and numpy are unpacked into ``--root`` (once; 200 MB), and run by qemu-user-static,
 which is unpacked beside them where it is not installed. Every FOLDER's ``check.npz`` is the input.
-What is printed for each output: SQNR in dB of arm64 against this machine, and of both against float.
+Printed for each output: SQNR in dB of arm64 against this machine, and of both against float.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def compare(folder: Path, root: Path) -> None:
         print(
             f"{folder.name} {name}: arm64 against {platform.machine()} {sqnr(value, there[name])}, "
             f"against float {sqnr(reference[name], there[name])} "
-            f"and {sqnr(reference[name], value)}, largest difference {np.abs(value - there[name]).max():.3g} "
+            f"and {sqnr(reference[name], value)}, "
+            f"largest difference {np.abs(value - there[name]).max():.3g} "
             f"of {np.abs(value).max():.3g}"
         )
 
