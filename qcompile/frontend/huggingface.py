@@ -90,7 +90,9 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
     wrapper: torch.nn.Module
     if kind == "image-classification":
         tokenizer, max_length = None, None
-        processor = guarded(source, load_image_processor, source, config.trust_remote_code)
+        processor = guarded(
+            "image processor", source, load_image_processor, source, config.trust_remote_code
+        )
         wrapper, example = OneImageOutput(module, output), image_example(module, processor)
         axes: dict[int, Any] = {0: batch}
         if any_size(module, processor):
