@@ -246,7 +246,9 @@ def _gelu(build: _Builder, node: ir.Node) -> ir.Value:
 
 def _hard_swish(build: _Builder, node: ir.Node) -> ir.Value:
     x = node.inputs[0]
-    return build.op("Mul", x, build.op("HardSigmoid", x, alpha=1.0 / 6.0, beta=0.5))
+    return build.op(
+        "Mul", x, build.op("HardSigmoid", x, alpha=float(np.float32(1.0 / 6.0)), beta=0.5)
+    )
 
 
 _RULES: Final[Mapping[str, Callable[[_Builder, ir.Node], ir.Value]]] = {

@@ -55,7 +55,7 @@ def _apply(graph: ir.Graph, ops: dict[str, Weighted], pair: Equalized) -> None:
 
 def _of_inputs(op: Weighted, scale: Any) -> Any:
     """`scale` [in channels], as it multiplies the weight of `op`."""
-    if op.linear is not None:
+    if not op.convolves:
         return scale[:, None]
     # The rows of a grouped Conv read the channels of their own group.
     per_group = scale.reshape(op.groups, op.in_channels // op.groups)

@@ -15,7 +15,7 @@ class ZeroBias(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for op in find_weighted(model.graph):
-            if op.linear is None and op.bias is None:
+            if op.convolves and op.bias is None:
                 zeros = np.zeros(op.out_channels, np.float32)
                 set_bias(model.graph, op, constant(model.graph, f"{op.name}.bias", zeros))
                 modified = True

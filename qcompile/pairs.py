@@ -61,13 +61,13 @@ def _pair(second: Weighted, by_output: dict[ir.Value, Weighted]) -> Pair:
     value, limit = second.x, None
     channels = np.arange(second.in_channels)
     # A Linear reads its channels from the last axis, where only a flattened image has them too.
-    images = second.linear is None
+    images = second.convolves
     while True:
         if len(value.uses()) > 1 or value.is_graph_output():
             raise _Blocked(f"{value.name} is read elsewhere too, and would be scaled there")
         first = by_output.get(value)
         if first is not None:
-            if images == (first.linear is not None):
+            if images != first.convolves:
                 raise _Blocked(f"{first.name} has its channels on another axis")
             return Pair(first, second, channels, limit)
         node = value.producer()

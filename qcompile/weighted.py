@@ -20,16 +20,16 @@ Array = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True)
 class Weighted:
-    """One Conv, or one Linear.
+    """One Conv, or one Linear, written as MatMul or as Gemm.
 
     Attributes:
         name: module path.
-        node: the Conv, or the Linear's MatMul.
+        node: the Conv, the MatMul or the Gemm.
         weight: [out, in / groups, …] of a Conv, [in, out] of a Linear.
         bias: [out], or None.
         output: what the rest of the graph reads: the bias's Add is a part of a Linear.
         groups: of a Conv; a depthwise one has as many as channels.
-        linear: the Linear, or None for a Conv.
+        linear: of a MatMul.
     """
 
     name: str
@@ -49,21 +49,25 @@ class Weighted:
         return value
 
     @property
+    def convolves(self) -> bool:
+        return self.node.op_type == "Conv"
+
+    @property
     def axis(self) -> int:
         """Of the channels, in what it reads and in what it computes."""
-        return 1 if self.linear is None else -1
+        return 1 if self.convolves else -1
 
     @property
     def out_axis(self) -> int:
         """Of the output channels in its weight."""
-        return 0 if self.linear is None else 1
+        return 0 if self.convolves else 1
 
     def blocks(self) -> Array:
         """The weight as float64 [groups, out / groups, in / groups, taps]."""
         tensor = self.weight.const_value
         assert tensor is not None
         array = tensor.numpy().astype(np.float64)
-        if self.linear is not None:
+        if not self.convolves:
             return np.ascontiguousarray(array.T)[None, :, :, None]
         return array.reshape(
             self.groups, self.out_channels // self.groups, self.in_channels // self.groups, -1
@@ -76,7 +80,10 @@ class Weighted:
 
 
 def find_weighted(graph: ir.Graph) -> list[Weighted]:
-    """Every Conv of a constant weight and every Linear whose weight is its own, in graph order."""
+    """Every Conv of a constant weight and every Linear whose weight is its own, in graph order.
+
+    A Gemm is a Linear in the form that `ToGemm` gives it, and no other.
+    """
     linears = {linear.matmul: linear for linear in find_linears(graph)}
     found: list[Weighted] = []
     taken = {linear.name for linear in linears.values()}
@@ -85,7 +92,7 @@ def find_weighted(graph: ir.Graph) -> list[Weighted]:
             if not linears[node].tied:
                 found.append(_of_linear(linears[node]))
             continue
-        op = _of_conv(node)
+        op = _of_node(node)
         if op is None:
             continue
         name, call = op.name or "unnamed", 0
@@ -129,8 +136,8 @@ def _of_linear(linear: Linear) -> Weighted:
     )  # fmt: skip
 
 
-def _of_conv(node: ir.Node) -> Weighted | None:
-    if node.op_type != "Conv" or node.domain not in ("", "ai.onnx"):
+def _of_node(node: ir.Node) -> Weighted | None:
+    if node.op_type not in ("Conv", "Gemm") or node.domain not in ("", "ai.onnx"):
         return None
     weight = node.inputs[1]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -138,6 +145,14 @@ def _of_conv(node: ir.Node) -> Weighted | None:
         return None
     if weight.shape is None or weight.dtype != ir.DataType.FLOAT or is_constant(node.inputs[0]):
         return None
+    if node.op_type == "Gemm":
+        numbers = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
+        turned = [node.attributes.get_int(name, 0) for name in ("transA", "transB")]
+        vector = bias is not None and bias.shape is not None and len(bias.shape) == 1
+        if numbers != [1.0, 1.0] or any(turned) or not vector:
+            return None
+        depth, out_channels = (int(d) for d in weight.shape)  # type: ignore[arg-type]
+        return Weighted(module_path(node), node, weight, bias, node.outputs[0], depth, out_channels)
     out_channels, depth = (int(d) for d in weight.shape[:2])  # type: ignore[arg-type]
     groups = node.attributes.get_int("group", 1)
     return Weighted(

@@ -75,8 +75,6 @@ class Target(abc.ABC):
     """Labels whose Linears meet the kernel of another: one time for both."""
     converted_as: Mapping[Label, Label] = MappingProxyType({})
     """Labels whose activations are quantised by the kernel of another, as fast."""
-    ort_style: OrtStyle | None = None
-    """How its graphs are written in ONNX Runtime's own format; None: they cannot be."""
     tensors: bool = False
     """Whether the tensors between any ops get codes, and not the activations of Linears alone:
     `qcompile.edge` compiles for it then."""
@@ -95,6 +93,11 @@ class Target(abc.ABC):
     @property
     def caveat(self) -> str | None:
         """What figures measured here do not say about the machine that is compiled for."""
+        return None
+
+    @property
+    def ort_style(self) -> OrtStyle | None:
+        """How its graphs are written in ONNX Runtime's own format; None: they cannot be."""
         return None
 
     @property

@@ -11,11 +11,19 @@ import onnxruntime as ort
 from qcompile.targets.base import Capability, Target
 
 from qcompile.edge.profiles import PROFILES, get_profile
+from qcompile.ort_format import OrtStyle
 from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.session import Runtime
 
 _EXACT: Final = Runtime(entries={"session.x64quantprecision": "1"})
 """Devices add in 32 bits; on x86 without VNNI that has to be asked for."""
+
+_FOLDED: Final = Runtime(entries={"session.disable_quant_qdq": "1"})
+"""Weights in codes alone are computed when a session opens; else int4 and int8 kernels for language
+models, which round activations, would take them."""
+_ON_CPU: Final = ("generic", "web")
+"""Profiles of ONNX Runtime's own kernels, in WebAssembly too; other providers look for operators
+of ONNX."""
 
 _INLINE_BYTES: Final = 1 << 30
 """Weights up to this lie in the graph's own file: a page or an app loads one file."""
@@ -34,7 +42,6 @@ class OnnxEdge(Target):
     schemes = ("fp32", "w8a8")
     modes = ("static",)
     tensors = True
-    ort_style = "runtime"
     equalizes = True
     capabilities = tuple(
         Capability(
@@ -52,6 +59,10 @@ class OnnxEdge(Target):
         self.variant = variant
 
     @property
+    def ort_style(self) -> OrtStyle:
+        return "fused" if self.profile.name in _ON_CPU else "standard"
+
+    @property
     def saturates(self) -> bool:
         return False
 
@@ -67,7 +78,7 @@ class OnnxEdge(Target):
         self, folder: Path | None = None, record: Mapping[str, Any] | None = None, *,
         trust_library: bool = False,
     ) -> Runtime:  # fmt: skip
-        return _EXACT
+        return _EXACT if self.profile.activations else _FOLDED
 
     def probe(self) -> dict[str, Any]:
         return {"profile": self.profile.name, "onnxruntime": ort.__version__}

@@ -23,6 +23,7 @@ from qcompile.targets.base import Capability, Target
 from qcompile.targets.ort_cpu_cache import STORED, cached_codes_obstacle
 
 from qcompile.errors import ConfigError
+from qcompile.ort_format import OrtStyle
 from qcompile.precision import Label, OpPlan, PrecisionPlan
 from qcompile.weight_blocks import BITS
 
@@ -45,7 +46,6 @@ class OrtCpu(Target):
     caches = ("float32",)
     joins = True
     converted_as = MappingProxyType({"llm-int8": "token"})
-    ort_style = "fixed"
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
         Capability(
@@ -95,6 +95,10 @@ class OrtCpu(Target):
                 hint="one of " + ", ".join(self.variants),
             )
         self.variant = variant
+
+    @property
+    def ort_style(self) -> OrtStyle:
+        return "fused"
 
     @property
     def saturates(self) -> bool:

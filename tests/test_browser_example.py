@@ -104,7 +104,7 @@ def test_the_page(browser: webdriver.Chrome, artifact: qcompile.Artifact, tmp_pa
 
         browser.set_script_timeout(60)
         for text, wanted in zip(_TEXTS, expected, strict=True):
-            found = browser.execute_async_script(_EMBED, text)  # type: ignore[no-untyped-call]
+            found = browser.execute_async_script(_EMBED, text)
             assert isinstance(found, list), found
             assert np.array(found) @ wanted > 0.999, text
 

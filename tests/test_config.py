@@ -57,7 +57,7 @@ def test_a_config_is_frozen() -> None:
         ("smooth", float("nan")),
         ("activations", "float"),
         ("ranges", "max"),
-        ("opset", 20),
+        ("opset", 12),
         ("opset", 99),
         ("seed", -1),
         ("trust_remote_code", "perhaps"),

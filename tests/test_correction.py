@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +49,12 @@ def coarse(model: ir.Model) -> ir.Model:
     clone = model.clone()
     for op in find_weighted(clone.graph):
         step = np.abs(op.blocks()).max() / 2
-        rounded = derived(
-            op.weight, "coarse",
-            lambda w, step=step: (np.rint(w / step) * step).astype(np.float32), op.weight.shape,
-        )  # fmt: skip
-        op.with_weight(rounded)
+        op.with_weight(derived(op.weight, "coarse", partial(rounded, step), op.weight.shape))
     return clone
+
+
+def rounded(step: float, weight: np.ndarray) -> np.ndarray:
+    return (np.rint(weight / step) * step).astype(np.float32)
 
 
 FEED = {"x": random(200, 3, 6, 6) + 0.5}
@@ -61,14 +62,14 @@ FEED = {"x": random(200, 3, 6, 6) + 0.5}
 
 def test_outputs_are_right_on_average_on_new_data(tmp_path: Path) -> None:
     model = network()
-    rounded = coarse(model)
+    compiled = coarse(model)
     batches = [{"x": part} for part in np.split(FEED["x"], 4)]
-    plan = plan_correction(model, rounded, find_weighted(model.graph), batches, tmp_path)
+    plan = plan_correction(model, compiled, find_weighted(model.graph), batches, tmp_path)
     assert list(plan.shifts) == ["one", "two", "three"]
     new = {"x": random(200, 3, 6, 6) + 0.5}
-    wanted, before = run_model(model, new)["y"], run_model(rounded, new)["y"]
-    CorrectBias(plan)(rounded)
-    after = run_model(rounded, new)["y"]
+    wanted, before = run_model(model, new)["y"], run_model(compiled, new)["y"]
+    CorrectBias(plan)(compiled)
+    after = run_model(compiled, new)["y"]
     assert np.abs((wanted - after).mean(0)).max() < 0.2 * np.abs((wanted - before).mean(0)).max()
     assert np.square(wanted - after).mean() < np.square(wanted - before).mean()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
-import onnxruntime as ort
+import onnx_ir as ir
 import pytest
 
 import qcompile
@@ -16,6 +17,7 @@ from qcompile.kernels import read_back
 from qcompile.ort_format import OrtStyle, write_ort
 from qcompile.session import open_session, run_outputs
 from tests.cli_runner import RunCli
+from tests.support import from_text
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +76,31 @@ def test_the_record_knows_them(artifact: Path) -> None:
     assert damaged_files(artifact, record) == []
 
 
-@pytest.mark.parametrize("style", ["fixed", "runtime"])
-def test_styles(style: OrtStyle, compiled_tiny: qcompile.Artifact, artifact_copy: Path) -> None:
-    feed, _, _ = read_sample(artifact_copy)
-    write_ort(artifact_copy / "model.onnx", style, feed)
-    options = ort.SessionOptions()
-    options.add_session_config_entry("session.enable_saved_runtime_optimizations", "1")
-    session = ort.InferenceSession(artifact_copy / "model.ort", options, ["CPUExecutionProvider"])
-    wanted = run_outputs(compiled_tiny.session(), feed)["logits"]
-    found = run_outputs(session, feed)["logits"]
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+def test_standard_operators_stay(tmp_path: Path) -> None:
+    graph = tmp_path / "model.onnx"
+    model = from_text(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        g (float[N,8] x, int8[8,4] w) => (float[N,4] y) {
+            s = Constant <value = float {0.1}>()
+            z = Constant <value = uint8 {128}>()
+            c = Constant <value = int8 {0}>()
+            q = QuantizeLinear (x, s, z)
+            a = DequantizeLinear (q, s, z)
+            b = DequantizeLinear (w, s, c)
+            y = MatMul (a, b)
+        }""",
+        w=np.arange(-16, 16, dtype=np.int8).reshape(8, 4),
+    )
+    ir.save(model, graph)
+    feed = {"x": np.linspace(-9, 9, 24, dtype=np.float32).reshape(3, 8)}
+    found, needed = dict[str, np.ndarray](), dict[str, set[str]]()
+    for style in get_args(OrtStyle):
+        write_ort(graph, style, feed)
+        found[style] = run_outputs(open_session(tmp_path / "model.ort"), feed)["y"]
+        needed[style] = required(tmp_path / "required_operators.config")
+    assert needed["standard"] == {"QuantizeLinear", "DequantizeLinear", "MatMul"}
+    assert needed["fused"] == {"QuantizeLinear", "com.microsoft.MatMulIntegerToFloat"}
+    np.testing.assert_allclose(found["fused"], found["standard"], rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_written(artifact_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,14 +108,14 @@ def test_what_cannot_be_written(artifact_copy: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(ort_format, "_LARGEST", 1000)
         with pytest.raises(ModelError, match="at most 1000"):
-            write_ort(artifact_copy / "model.onnx", "fixed", feed)
+            write_ort(artifact_copy / "model.onnx", "fused", feed)
     assert not (artifact_copy / "model.ort").exists()
     outputs = iter((1.0, 1.001))
     monkeypatch.setattr(
         ort_format, "run_outputs", lambda session, feed: {"y": np.array([next(outputs)])}
     )
     with pytest.raises(VerificationError, match=r"y of model\.ort differs by 0\.001 of 1 from"):
-        write_ort(artifact_copy / "model.onnx", "fixed", feed)
+        write_ort(artifact_copy / "model.onnx", "fused", feed)
 
 
 def test_refused_where_no_reduced_build_runs_it(run_cli: RunCli, tiny_opt: Path) -> None:

@@ -50,7 +50,7 @@ def correction_of(
     ops = [op for op in find_weighted(graph.graph) if op.node.name in planned]
     quantized = graph.clone()
     QuantizeTensors(plan)(quantized)
-    unbiased = {op.name for op in ops if op.linear is not None}
+    unbiased = {op.name for op in ops if not op.convolves}
     return plan_correction(
         graph, quantized, ops, batches, work, unbiased=unbiased, progress=progress
     )

@@ -18,7 +18,7 @@ from qcompile.edge.profiles import Profile, get_profile
 from qcompile.edge.reporting import make_edge_report, measure_units
 from qcompile.edge.settings import choose_settings
 from qcompile.edge.smoothing import smooth_linears
-from qcompile.edge.static_shapes import bind_shapes, check_input_shapes, infer_shapes
+from qcompile.edge.static_shapes import bind_shapes, check_input_shapes, fold_shapes
 from qcompile.edge.units import find_units, keep_float, name_units
 from qcompile.edge.verifying import verify_edge
 from qcompile.equalization import EqualizationPlan
@@ -27,6 +27,7 @@ from qcompile.ort_format import write_ort
 from qcompile.passes.decompose import Decompose
 from qcompile.passes.equalize import Equalize
 from qcompile.passes.quantize_tensors import QuantizeTensors
+from qcompile.passes.to_gemm import ToGemm
 from qcompile.passes.to_opset import ToOpset
 from qcompile.passes.zero_bias import ZeroBias
 from qcompile.pipeline import Shared, calibration_data, run, traced
@@ -138,6 +139,7 @@ def _traced(shared: Shared, config: CompileConfig, profile: Profile) -> TracedMo
 def _primitive(graph: ir.Model, opset: int, work: Path) -> tuple[ir.Model, Path]:
     """The float graph in ops that are planned one by one, and where it is written."""
     run(graph, [Decompose(opset), ZeroBias(), NameFixPass()])
-    infer_shapes(graph)
+    fold_shapes(graph)
+    run(graph, [ToGemm(), NameFixPass()])
     name_units(graph.graph)
     return spill(graph, work, "primitive"), work / "primitive.onnx"

@@ -91,6 +91,7 @@ def graph_problems(path: Path, profile: Profile, settings: Settings, opset: int)
     codes = {
         *(np.dtype(DTYPES[code]) for code in (settings.activation, settings.weight)),
         np.dtype(np.int32),
+        *([np.dtype(np.int8)] if profile.per_channel else ()),
     }
     for node in model.graph.all_nodes():
         if node.domain:

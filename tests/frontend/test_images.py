@@ -36,7 +36,8 @@ def test_a_classifier_takes_images_in_any_number(vit: Path, tmp_path: Path) -> N
     model = load(str(vit), CONFIG, tmp_path)
     assert (model.task, model.kind) == ("image-classification", "image-classification")
     (spec,) = model.inputs
-    assert (spec.name, spec.dtype, spec.shape[1:]) == ("pixel_values", np.float32, (3, 16, 8))
+    assert (spec.name, spec.shape[1:]) == ("pixel_values", (3, 16, 8))
+    assert spec.dtype == np.float32
     assert isinstance(spec.shape[0], str)
     session = open_session(tmp_path / "traced.onnx")
     images = np.random.default_rng(0).standard_normal((3, 3, 16, 8)).astype(np.float32)
