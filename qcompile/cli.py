@@ -274,10 +274,15 @@ def schemes_command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
 def inspect_command(folder: Path, as_json: bool) -> None:
     """Show, for each op of the artifact FOLDER, its precision, kernel, candidates and reason."""
+    from qcompile.artifact import damaged_files, read_record
     from qcompile.report import Report
     from qcompile.summary import print_ops
 
     report = Report.read(folder)
+    changed = sorted(damaged_files(folder, read_record(folder)))
+    if changed:
+        named = ", ".join(changed)
+        click.echo(f"warning: {named}: missing or changed since the artifact was made", err=True)
     if as_json:
         click.echo(report.model_dump_json(indent=1))
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +16,9 @@ Batch: TypeAlias = dict[str, np.ndarray]
 
 Kind: TypeAlias = Literal["text-generation", "text-classification", "feature-extraction", "other"]
 """How the outputs are compared: logits per token, logits per sequence, embeddings, anything."""
+
+POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx")
+"""What a Transformers configuration calls the tokens that a model has positions for."""
 
 
 @dataclasses.dataclass(frozen=True)

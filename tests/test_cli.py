@@ -136,6 +136,15 @@ def test_generated_data_is_never_silent(run_cli: RunCli, tiny_onnx: Path) -> Non
     assert "--calibration" in outcome.stderr
 
 
+def test_generated_inputs_are_told_of_where_nothing_is_calibrated(
+    run_cli: RunCli, tiny_onnx: Path
+) -> None:
+    outcome = run_cli(tiny_onnx, "--scheme", "fp32", "--seq-len", 8, "-q", "-o", "out")
+    assert outcome.status == 0
+    said = "warning: accuracy was measured on random inputs, not on real data; give --calibration\n"
+    assert outcome.stderr == said
+
+
 def test_targets(run_cli: RunCli) -> None:
     outcome = run_cli("targets")
     assert (outcome.status, outcome.stderr) == (0, "")
@@ -162,6 +171,18 @@ def test_inspect(run_cli: RunCli, compiled_tiny: qcompile.Artifact) -> None:
     assert "MatMulIntegerToFloat" in outcome.stdout
     outcome = run_cli("inspect", compiled_tiny.path, "--json")
     assert json.loads(outcome.stdout) == compiled_tiny.report.model_dump(mode="json")
+
+
+def test_inspect_tells_of_files_that_were_changed(run_cli: RunCli, artifact_copy: Path) -> None:
+    assert run_cli("inspect", artifact_copy).stderr == ""
+    (artifact_copy / "tokenizer.json").write_text("{}")
+    (artifact_copy / "check.npz").unlink()
+    for words in ([], ["--json"]):
+        outcome = run_cli("inspect", artifact_copy, *words)
+        assert outcome.status == 0
+        assert outcome.stderr == (
+            "warning: check.npz, tokenizer.json: missing or changed since the artifact was made\n"
+        )
 
 
 def test_check(run_cli: RunCli, compiled_tiny: qcompile.Artifact, artifact_copy: Path) -> None:

@@ -45,7 +45,7 @@ def make_edge_report(
     `ops` are those with a weight, as for other targets; `units` are all.
     """
     weights = {c.node: c for c in plan.constants if c.index == 1 and c.code != "int32"}
-    warnings = list(data.warnings) if scheme.calibrates else []
+    warnings = list(data.warnings)
     if target.unmeasured is not None:
         warnings.append(target.unmeasured)
     return Report(
