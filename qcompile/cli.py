@@ -17,6 +17,8 @@ from rich.console import Console
 
 from qcompile.cli_group import CompileByDefault
 from qcompile.errors import ConfigError, QcompileError
+from qcompile.terminating import STATUS as TERMINATED
+from qcompile.terminating import Terminated, terminable
 
 _INTERRUPTED = 130
 
@@ -302,7 +304,8 @@ def report_command(folders: tuple[Path, ...], output: Path | None) -> None:
     from qcompile.redrawing import draw_again, draw_to
 
     if output is not None:
-        draw_to(output, folders)
+        for note in draw_to(output, folders):
+            click.echo(f"warning: {note}", err=True)
         click.echo(output)
         return
     if len(folders) > 1:
@@ -395,13 +398,16 @@ def main() -> None:
     """Entry point: one line for every deliberate error, and the exit status."""
     _quiet_libraries()
     try:
-        cli.main(standalone_mode=False)
+        with terminable():
+            cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except QcompileError as error:
         _fail(str(error), 1)
+    except Terminated:
+        _fail("terminated", TERMINATED)
     except (KeyboardInterrupt, click.Abort):
         # Only compiling writes anything, and it is the default.
         compiling = not sys.argv[1:] or sys.argv[1] not in {*cli.commands} - {"compile"}

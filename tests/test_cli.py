@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import qcompile
-from qcompile import cli
+from qcompile import cli, running
 from qcompile.methods import METHODS
 from tests.cli_runner import Outcome, RunCli
 
@@ -79,6 +79,24 @@ def test_an_interrupt_says_what_was_lost(
     with pytest.raises(SystemExit, match="130"):
         cli.main()
     assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_a_request_to_terminate_ends_any_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def generating(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:
+            pytest.fail("taken for an error")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["qcompile", "run", "folder", "x"])
+    monkeypatch.setattr(running, "run_prompt", generating)
+    with pytest.raises(SystemExit, match="143"):
+        cli.main()
+    assert capsys.readouterr() == ("", "error: terminated\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # What works.
