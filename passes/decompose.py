@@ -12,7 +12,7 @@ from qcompile.passes.constants import LARGEST, constant, drop_unused, shared_con
 from qcompile.passes.matching import is_op, like
 
 from qcompile.errors import ModelError
-from qcompile.names import module_path, set_module_path
+from qcompile.names import PART_OF_KEY, module_path, set_module_path
 
 SINCE: Final[Mapping[str, int]] = {
     "Attention": 99,
@@ -89,6 +89,8 @@ def _replace(graph: ir.Graph, node: ir.Node, rule: Callable[[_Builder, ir.Node],
     for at, made in enumerate(build.tape.nodes):
         made.name = f"{node.name}/{at}/{made.op_type}"
         set_module_path(made, f"{path}.{made.op_type}" if path else str(made.name))
+        if node.op_type != "Attention":
+            made.metadata_props[PART_OF_KEY] = node.op_type
     like(new, old)
     graph.insert_before(node, list(build.tape.nodes))
     name, was_output = old.name, old.is_graph_output()
@@ -244,7 +246,9 @@ def _gelu(build: _Builder, node: ir.Node) -> ir.Value:
 
 def _hard_swish(build: _Builder, node: ir.Node) -> ir.Value:
     x = node.inputs[0]
-    return build.op("Mul", x, build.op("HardSigmoid", x, alpha=1.0 / 6.0, beta=0.5))
+    return build.op(
+        "Mul", x, build.op("HardSigmoid", x, alpha=float(np.float32(1.0 / 6.0)), beta=0.5)
+    )
 
 
 _RULES: Final[Mapping[str, Callable[[_Builder, ir.Node], ir.Value]]] = {

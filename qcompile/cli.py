@@ -53,7 +53,7 @@ def cli() -> None:
 @click.option(
     "--calibration",
     type=click.Path(),
-    help="Text (.txt, .jsonl) or inputs by name (.npz, or a folder of them).",
+    help="Text (.txt, .jsonl), a folder of images, or inputs by name (.npz, .npy for one input).",
 )
 @click.option("--samples", type=int, default=64, show_default=True, help="Calibration samples.")
 @click.option("--seq-len", type=int, default=256, show_default=True, help="Tokens per sample.")
@@ -103,6 +103,26 @@ def cli() -> None:
     "--symmetric/--asymmetric",
     default=None,
     help="Of weights alone: blocks without or with zero points.  [default: as the method has it]",
+)
+@click.option(
+    "--outlier-threshold",
+    type=float,
+    help="llm-int8: magnitude from which on a channel stays in float.  [default: 6]",
+)
+@click.option(
+    "--outlier-share",
+    type=float,
+    help="llm-int8, spqr: part of the input channels that stays in float, up to 0.125.",
+)
+@click.option(
+    "--equalize/--no-equalize",
+    default=None,
+    help="Move scales between ops (cross-layer equalisation).  [default: on onnx-edge]",
+)
+@click.option(
+    "--bias-correction/--no-bias-correction",
+    default=None,
+    help="Add what rounding shifts on average to biases.  [default: on onnx-edge]",
 )
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="YAML: module-path glob -> overrides."

@@ -5,7 +5,8 @@ are still float, as far as their channels are correlated: with H = Σ xᵀx, the
 Cholesky factor of H⁻¹ say by how much. The channels that matter most come first (activation
 order): blocks in the order of the largest diagonal of H in them, channels within a block in the
 order of their own. So each block's range is found from weights that the errors before have moved
-already, and codes stay in their places: no kernel has to gather channels.
+already, and codes stay in their places: no kernel has to gather channels. What is found then goes
+through coordinate descent (`qcompile.descent`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from scipy import linalg
 
 from qcompile.clipping import clipped_range
+from qcompile.descent import descend
 from qcompile.precision import QuantizedWeight
 from qcompile.weight_blocks import Grid, in_blocks
 
@@ -46,7 +48,9 @@ def quantize_gptq(
     """
     depth = len(weight)
     order = _activation_order(np.diagonal(hessian), block_size)
-    factor = _factor(hessian, order)
+    damped = _damped(hessian)
+    factor = _factor(damped, order)
+    moments = damped.astype(np.float32)
     counts = importance_in_blocks(np.diagonal(hessian), block_size)
     float_hessian = hessian.astype(np.float32)
     parts = []
@@ -56,6 +60,7 @@ def quantize_gptq(
         plain = clipped_range(blocks, counts, bits=bits, symmetric=symmetric)
         nearest = plain.nearest(blocks)
         codes, grid = _round_in_turn(wanted, order, factor, counts, plain)
+        codes, grid = descend(wanted, moments, codes, grid, order)
         tried = [plain.values(nearest), grid.values(codes)]
         missed = [each.reshape(-1, wanted.shape[1])[:depth] - wanted for each in tried]
         errors = [np.einsum("kn,kn->n", each, float_hessian @ each) for each in missed]
@@ -89,13 +94,19 @@ def _activation_order(diagonal: Array, block_size: int) -> Array:
     return np.concatenate(parts)
 
 
-def _factor(hessian: Array, order: Array) -> Array:
+def _damped(hessian: Array) -> Array:
+    """`hessian` with its mean diagonal one, and damped, float64 [K, K]."""
+    mean = float(np.diagonal(hessian).mean())
+    damped = hessian.astype(np.float64) / (mean if mean > 0.0 else 1.0)
+    damped[np.diag_indices_from(damped)] += DAMPING if mean > 0.0 else 1.0
+    return damped
+
+
+def _factor(damped: Array, order: Array) -> Array:
     """Upper U with UᵀU = H⁻¹, rows in `order`, float32 [K, K]."""
-    damped = hessian[np.ix_(order, order)].astype(np.float64)
-    mean = float(np.diagonal(damped).mean())
-    damped[np.diag_indices_from(damped)] += DAMPING * mean if mean > 0.0 else 1.0
+    turned = damped[np.ix_(order, order)]
     inverse = linalg.cho_solve(
-        linalg.cho_factor(damped, lower=True, overwrite_a=True, check_finite=False),
+        linalg.cho_factor(turned, lower=True, overwrite_a=True, check_finite=False),
         np.eye(len(damped)),
         overwrite_b=True,
         check_finite=False,

@@ -17,7 +17,7 @@ from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.planfile import PlanFile
 from qcompile.schemes import Scheme
 from qcompile.targets import Target
-from qcompile.traced import POSITIONS, TracedModel
+from qcompile.traced import LOGITS, POSITIONS, TracedModel
 from qcompile.verify import Verification
 
 _EDGE_TAKES: Final = (("activations", "static"), ("objective", "scheme"))
@@ -80,6 +80,15 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             "operators of its own, which no such build has",
             hint="leave --format ort out",
         )
+    if config.equalize and not target.equalizes:
+        raise ConfigError(
+            f"target {target.name} gives each output channel a scale and smooths what Linears "
+            "read, so equalize has no effect",
+            hint="--smooth moves scales there",
+        )
+    if config.bias_correction and (scheme.keeps or not scheme.quantizes):
+        what = "keeps its codes as they are" if scheme.keeps else "quantises nothing"
+        raise ConfigError(f"scheme {scheme.name} {what}, so bias_correction has no effect")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
     if scheme.method is not None and config.method not in ("rtn", scheme.method):
@@ -98,6 +107,14 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         for field in ("activations", "smooth", "ranges"):
             if getattr(config, field) != CompileConfig.model_fields[field].default:
                 raise ConfigError(f"{why}, so {field} has no effect")
+    if scheme.labels == ("llm-int8",) and not config.recipe.codes:
+        for field in ("activations", "smooth", "ranges"):
+            if getattr(config, field) != CompileConfig.model_fields[field].default:
+                raise ConfigError(
+                    f"scheme {scheme.name} has activations per token, and outliers in float in the "
+                    f"place of smoothing, so {field} has no effect"
+                )
+    _check_outliers(scheme, config)
     if scheme.keeps:
         chooses = [name for name in ("plan_in", "costs") if getattr(config, name) is not None]
         chooses += ["recipe"] if config.recipe.rules else []
@@ -147,6 +164,25 @@ def check_seq_len(source: object, calibration: object, config: CompileConfig) ->
     check_positions(config.seq_len, positions, path.parent.name)
 
 
+def _check_outliers(scheme: Scheme, config: CompileConfig) -> None:
+    """Refuse to say which channels stay in float where all are codes.
+
+    Raises:
+        ConfigError: neither the scheme nor the recipe keeps any.
+    """
+    rules = [rule for _, rule in config.recipe.rules]
+    decomposed = "llm-int8" in scheme.labels or any(r.precision == "llm-int8" for r in rules)
+    methods = {scheme.method or config.method, *(rule.method for rule in rules)}
+    if config.outlier_threshold is not None and not decomposed:
+        raise ConfigError(
+            f"scheme {scheme.name} looks for no outliers, so outlier_threshold has no effect"
+        )
+    if config.outlier_share is not None and not decomposed and "spqr" not in methods:
+        raise ConfigError(
+            f"scheme {scheme.name} keeps no channels in float, so outlier_share has no effect"
+        )
+
+
 def incomparable(target: Target, scheme: Scheme, config: CompileConfig) -> str | None:
     """Why there is nothing to compare the compiled model's speed with, or None."""
     if scheme.quantizes or not config.cache or "float32" in target.caches:
@@ -169,7 +205,7 @@ def check_limits(config: CompileConfig, model: TracedModel) -> None:
             f"a cache is for a causal language model, and this one does {model.task}",
             hint="leave --cache out",
         )
-    if config.max_kl is not None and model.kind not in ("text-generation", "text-classification"):
+    if config.max_kl is not None and model.kind not in LOGITS:
         raise ConfigError(
             f"max_kl is a limit on logits, and the outputs of a {model.task} model are none",
             hint="--objective accuracy with --min-speedup trades the same way",

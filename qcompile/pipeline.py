@@ -20,9 +20,11 @@ from qcompile.calibration.data import CalibrationData, check_calibration_path, l
 from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
+from qcompile.checkpoints.scheme import check_traced
 from qcompile.choosing import decide, scheme_choice
 from qcompile.codes import find_codes
 from qcompile.config import CompileConfig
+from qcompile.correction import correct_linears
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
 from qcompile.joining import plan_joins
@@ -44,6 +46,8 @@ from qcompile.options import find_options, needs_ranges, require_any, scales_cha
 from qcompile.ort_format import write_ort
 from qcompile.passes.attention_3d import AttentionTo3D
 from qcompile.passes.canonical_linear import CanonicalLinear
+from qcompile.passes.correct_bias import CorrectBias
+from qcompile.passes.fold_affine import FoldAffine
 from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_layer_norm import FuseLayerNorm
@@ -51,6 +55,7 @@ from qcompile.passes.fuse_rms_norm import FuseRmsNorm
 from qcompile.passes.join_products import JoinProducts
 from qcompile.passes.kv_cache import KvCache
 from qcompile.passes.outer_product import OuterProduct
+from qcompile.passes.permute_channels import PermuteChannels
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
@@ -87,6 +92,7 @@ def canonicalize(kept: Collection[str] = ()) -> list[ir.passes.InPlacePass]:
         FuseAttention(),
         AttentionTo3D(),
         CanonicalLinear(kept),
+        FoldAffine(kept),
     ]
 
 
@@ -196,6 +202,7 @@ def compile_shared(
     with phases.phase("trace"):
         model = shared.model or traced(shared.source, config, work)
         shared.model = model
+        check_traced(scheme, model)
         check_limits(config, model)
         traced_path = work / "traced.onnx"
 
@@ -277,6 +284,10 @@ def compile_shared(
     if scheme.cache_bits is not None:
         with phases.phase("cache") as step:
             cache = plan_cache(smoothed, scheme.cache_bits, data.calibration, work, progress=step)
+    if config.bias_correction:
+        with phases.phase("correct") as step:
+            correction = correct_linears(graph, plan, data.calibration, work, progress=step)
+        run(graph, [CorrectBias(correction)])
     run(graph, [Quantize(plan)])
 
     with phases.phase("lower"):
@@ -370,16 +381,16 @@ def _apply(
     graph = model.ir.clone()
     with phases.phase("smooth"):
         run(graph, [Untie(name for name, choice in chosen.items() if choice.mode)])
-        alphas = replayed.smoothing if replayed is not None else None
+        alphas, kept = (replayed.smoothing, replayed.kept) if replayed is not None else (None, None)
         smoothing = plan_smoothing(
-            find_sites(graph.graph), stats, config, chosen, alphas, importance
+            find_sites(graph.graph), stats, config, chosen, alphas, importance, kept
         )
-        run(graph, [SmoothQuant(smoothing)])
+        run(graph, [SmoothQuant(smoothing), PermuteChannels(smoothing)])
         graph = spill(graph, work, stem)
         release(model.ir)
     with phases.phase("quantize") as step:
         codes = find_codes(
-            graph, chosen, stats, smoothing, config, data.calibration, work, progress=step
+            graph, chosen, stats, smoothing, config, data.calibration, work, step, kept
         )
         plan = plan_precision(
             find_sites(graph.graph), stats, smoothing, chosen, config, target, codes=codes,

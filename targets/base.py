@@ -49,7 +49,7 @@ class Target(abc.ABC):
     variants: tuple[str, ...] = ()
     capabilities: tuple[Capability, ...] = ()
     schemes: tuple[str, ...] = (
-        "fp32", "w8a8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4", "checkpoint"
+        "fp32", "w8a8", "llm-int8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4", "checkpoint"
     )  # fmt: skip
     """Names of the schemes that it runs."""
     floats: Floats = "float32"
@@ -60,6 +60,9 @@ class Target(abc.ABC):
     """The types in which it runs attention that keeps keys and values."""
     genai: str | None = None
     """Its execution provider as onnxruntime-genai names it; None: the CPU."""
+    equalizes: bool = False
+    """Whether cross-layer equalisation is applied; where weights have a scale per output channel
+    and what Linears read is smoothed, it has nothing to add."""
     joins: bool = False
     """Whether one kernel for all weight-only products of an activation is faster, of one token."""
     symmetric: bool = False

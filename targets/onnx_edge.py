@@ -18,6 +18,9 @@ from qcompile.session import Runtime
 _EXACT: Final = Runtime(entries={"session.x64quantprecision": "1"})
 """Devices add in 32 bits; on x86 without VNNI that has to be asked for."""
 
+_FOLDED: Final = Runtime(entries={"session.disable_quant_qdq": "1"})
+"""Weights in codes alone are computed when a session opens; else int4 and int8 kernels for language
+models, which round activations, would take them."""
 _ON_CPU: Final = ("generic", "web")
 """Profiles of ONNX Runtime's own kernels, in WebAssembly too; other providers look for operators
 of ONNX."""
@@ -39,6 +42,7 @@ class OnnxEdge(Target):
     schemes = ("fp32", "w8a8")
     modes = ("static",)
     tensors = True
+    equalizes = True
     capabilities = tuple(
         Capability(
             op=", ".join(sorted(profile.computes)),
@@ -74,7 +78,7 @@ class OnnxEdge(Target):
         self, folder: Path | None = None, record: Mapping[str, Any] | None = None, *,
         trust_library: bool = False,
     ) -> Runtime:  # fmt: skip
-        return _EXACT
+        return _EXACT if self.profile.activations else _FOLDED
 
     def probe(self) -> dict[str, Any]:
         return {"profile": self.profile.name, "onnxruntime": ort.__version__}

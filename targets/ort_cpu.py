@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -44,6 +45,7 @@ class OrtCpu(Target):
     variants = ("avx2", "vnni", "arm64")
     caches = ("float32",)
     joins = True
+    converted_as = MappingProxyType({"llm-int8": "token"})
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
         Capability(
@@ -66,6 +68,13 @@ class OrtCpu(Target):
             "int8 per output channel",
             _KERNEL,
             "static, with outlier channels on several channels each",
+        ),
+        Capability(
+            "MatMul",
+            "llm-int8",
+            "int8 per output channel",
+            _KERNEL,
+            "as token, outlier channels in a narrow float product beside it",
         ),
         Capability(
             "MatMul",

@@ -118,6 +118,7 @@ def _constant(
         node=str(operand.node.name),
         index=operand.index,
         value=str(operand.value.name),
+        role=operand.role,
         codes=codes,
         code=code,
         scale=np.asarray(scale, np.float32),

@@ -9,6 +9,8 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedOpsetsPass
 
 from qcompile import artifact
 from qcompile.config import CompileConfig
+from qcompile.correction import CorrectionPlan
+from qcompile.edge.correcting import correction_of, equalization_of, with_shifts
 from qcompile.edge.observing import observe_tensors
 from qcompile.edge.plan import EdgePlan
 from qcompile.edge.planning import plan_edge, require_any
@@ -16,14 +18,18 @@ from qcompile.edge.profiles import Profile, get_profile
 from qcompile.edge.reporting import make_edge_report, measure_units
 from qcompile.edge.settings import choose_settings
 from qcompile.edge.smoothing import smooth_linears
-from qcompile.edge.static_shapes import bind_shapes, check_input_shapes, infer_shapes
+from qcompile.edge.static_shapes import bind_shapes, check_input_shapes, fold_shapes
 from qcompile.edge.units import find_units, keep_float, name_units
 from qcompile.edge.verifying import verify_edge
+from qcompile.equalization import EqualizationPlan
 from qcompile.errors import VerificationError
 from qcompile.ort_format import write_ort
 from qcompile.passes.decompose import Decompose
+from qcompile.passes.equalize import Equalize
 from qcompile.passes.quantize_tensors import QuantizeTensors
+from qcompile.passes.to_gemm import ToGemm
 from qcompile.passes.to_opset import ToOpset
+from qcompile.passes.zero_bias import ZeroBias
 from qcompile.pipeline import Shared, calibration_data, run, traced
 from qcompile.precision import PrecisionPlan
 from qcompile.progress import Phases
@@ -73,6 +79,14 @@ def compile_edge(
             stats.clear()
     with phases.phase("lower"):
         graph, float_path = _primitive(graph, config.opset, work)
+    equalization, correction = EqualizationPlan(), CorrectionPlan()
+    if scheme.quantizes and config.equalize is not False:
+        with phases.phase("equalize") as step:
+            equalization = equalization_of(
+                graph, data.calibration, work, per_channel=settings.per_channel, progress=step
+            )
+            run(graph, [Equalize(equalization)])
+            graph, float_path = spill(graph, work, "equalized"), work / "equalized.onnx"
 
     plan = EdgePlan()
     if scheme.quantizes:
@@ -83,14 +97,18 @@ def compile_edge(
         with phases.phase("quantize"):
             plan = plan_edge(units, seen, profile, settings, kept)
             require_any(plan)
-            run(graph, [QuantizeTensors(plan)])
+        if config.bias_correction is not False:
+            with phases.phase("correct") as step:
+                correction = correction_of(graph, plan, data.calibration, work, progress=step)
+            plan = with_shifts(plan, correction.shifts)
+        run(graph, [QuantizeTensors(plan)])
     with phases.phase("emit"):
         run(graph, [ToOpset(config.opset), RemoveUnusedOpsetsPass()])
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:
         findings = verify_edge(
-            work / "traced.onnx", float_path, path, plan, profile, settings, config.opset, runtime,
+            work / "traced.onnx", float_path, path, profile, settings, config.opset, runtime,
             model.kind, data.held_back, progress=step,
         )  # fmt: skip
         if findings.problems and config.strict:
@@ -120,7 +138,8 @@ def _traced(shared: Shared, config: CompileConfig, profile: Profile) -> TracedMo
 
 def _primitive(graph: ir.Model, opset: int, work: Path) -> tuple[ir.Model, Path]:
     """The float graph in ops that are planned one by one, and where it is written."""
-    run(graph, [Decompose(opset), NameFixPass()])
-    infer_shapes(graph)
+    run(graph, [Decompose(opset), ZeroBias(), NameFixPass()])
+    fold_shapes(graph)
+    run(graph, [ToGemm(), NameFixPass()])
     name_units(graph.graph)
     return spill(graph, work, "primitive"), work / "primitive.onnx"

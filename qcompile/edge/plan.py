@@ -14,6 +14,11 @@ Array = npt.NDArray[Any]
 Code: TypeAlias = Literal["uint8", "int8", "uint16", "int16", "uint4", "int4", "int32"]
 """Type of a code."""
 
+Role: TypeAlias = Literal["weight", "bias", "constant"]
+"""What a constant is to the op that reads it: a weight has a scale per channel where the profile
+has it; a bias is int32, its scale the product of the input's and the weight's; any other constant
+has codes like an activation."""
+
 LIMITS: Final[dict[Code, tuple[int, int]]] = {
     "uint8": (0, 255),
     "int8": (-128, 127),
@@ -69,6 +74,7 @@ class ConstantQuant:
         node: name of the node.
         index: of its input.
         value: name of the constant.
+        role: ``weight``, ``bias``, or ``constant``.
         codes: of the constant's shape, in int32; stored as `code`.
         code: type of the codes.
         scale: float32, a scalar, or [channels] along `axis`.
@@ -79,6 +85,7 @@ class ConstantQuant:
     node: str
     index: int
     value: str
+    role: Role
     codes: Array
     code: Code
     scale: Array
@@ -111,7 +118,8 @@ class UnitPlan:
         name: module path of its first node, or that node's name.
         nodes: names of the nodes, in order.
         op: type of the first.
-        code: of its activations; None: it stays in float.
+        code: of its activations, or of its weight where that alone has codes; None: it stays in
+            float.
         reason: why.
         inputs: names of the activations that it reads as codes.
         output: name of what it computes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -13,10 +14,10 @@ import onnx_ir as ir
 from qcompile.calibration.ranges import static_range
 from qcompile.calibration.stats import Stats
 from qcompile.edge.operands import quantize_bias, quantize_constant, quantize_operand
-from qcompile.edge.plan import LIMITS, Code, ConstantQuant, EdgePlan, TensorQuant, UnitPlan
+from qcompile.edge.plan import BITS, LIMITS, Code, ConstantQuant, EdgePlan, TensorQuant, UnitPlan
 from qcompile.edge.profiles import Profile
 from qcompile.edge.settings import Settings
-from qcompile.edge.units import Unit, axis_of
+from qcompile.edge.units import Operand, Unit, axis_of
 from qcompile.errors import ModelError
 from qcompile.metrics import sqnr_db
 
@@ -51,6 +52,14 @@ def plan_edge(
     """
     refused = {unit.first: unit.refusal for unit in units if unit.refusal is not None}
     refused |= {unit.first: kept[unit.name] for unit in units if kept and unit.name in kept}
+    if BITS[settings.activation] == 16 and not profile.wide_products:
+        refused |= {
+            unit.first: f"profile {profile.name} multiplies no two activations of 16 bits"
+            for unit in units
+            if unit.op == "MatMul" and len(unit.inputs) == 2
+        }
+    if not profile.activations:
+        return _weights_alone(units, refused, profile, settings)
     while True:
         chosen = [unit for unit in units if unit.first not in refused]
         _drop_idle_movers(chosen, refused)
@@ -67,17 +76,44 @@ def plan_edge(
         tensors=tuple(tensors.values()),
         constants=tuple(constants),
         units=tuple(
-            UnitPlan(
-                name=unit.name,
-                nodes=tuple(str(node.name) for node in unit.nodes),
-                op=unit.op,
-                code=None if unit.first in refused else settings.activation,
-                reason=refused.get(unit.first) or f"profile {profile.name}",
-                inputs=tuple(str(value.name) for value in unit.inputs),
-                output=str(unit.outputs[0].name),
+            _unit_plan(
+                unit,
+                None if unit.first in refused else settings.activation,
+                refused.get(unit.first) or f"profile {profile.name}",
             )
             for unit in units
         ),
+    )
+
+
+def _weights_alone(
+    units: Sequence[Unit], refused: Mapping[ir.Node, str], profile: Profile, settings: Settings
+) -> EdgePlan:
+    """Codes for weights, and for nothing else."""
+    constants, plans = [], []
+    for unit in units:
+        weight = next((operand for operand in unit.operands if operand.role == "weight"), None)
+        chosen = unit.first not in refused and weight is not None
+        if chosen and weight is not None:
+            constants.append(_plan_weight(unit, weight, profile, settings))
+        reason = (
+            f"profile {profile.name}; activations stay in float"
+            if chosen
+            else refused.get(unit.first)
+        )
+        plans.append(_unit_plan(unit, settings.weight if chosen else None, reason or ""))
+    return EdgePlan(constants=tuple(constants), units=tuple(plans))
+
+
+def _unit_plan(unit: Unit, code: Code | None, reason: str) -> UnitPlan:
+    return UnitPlan(
+        name=unit.name,
+        nodes=tuple(str(node.name) for node in unit.nodes),
+        op=unit.op,
+        code=code,
+        reason=reason,
+        inputs=tuple(str(value.name) for value in unit.inputs),
+        output=str(unit.outputs[0].name),
     )
 
 
@@ -156,15 +192,22 @@ def _plan_tensors(
         together.add_nodes_from(unit.tensors)
         if unit.moves:
             together.add_edges_from((unit.tensors[0], other) for other in unit.tensors[1:])
+    held = defaultdict[ir.Value, list[tuple[float, float]]](list)
     fixed = {
         value: _FIXED[unit.op] for unit in chosen if unit.op in _FIXED for value in unit.outputs
     }
+    # What a mover takes from a constant has to fit, too: rows of an embedding that no data read.
+    for unit in chosen:
+        for operand in unit.operands if unit.moves else ():
+            array = _array(operand)
+            held[unit.outputs[0]].append((float(array.min()), float(array.max())))
     tensors: dict[ir.Value, TensorQuant] = {}
     for group in nx.connected_components(together):
         members = sorted(group, key=lambda v: str(v.name))
         ranges = [
             fixed.get(v) or static_range(stats[str(v.name)], settings.ranges) for v in members
         ]
+        ranges += [bounds for v in members for bounds in held[v]]
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         scale, zero_point = 1.0, 0
         if np.isfinite([low, high]).all():
@@ -206,6 +249,24 @@ def _blurred(chosen: Iterable[Unit], tensors: Mapping[ir.Value, TensorQuant]) ->
     return found
 
 
+def _plan_weight(
+    unit: Unit, operand: Operand, profile: Profile, settings: Settings
+) -> ConstantQuant:
+    allowed = settings.per_channel and unit.op in profile.per_channel
+    axis = axis_of(operand) if allowed else None
+    # Scales per channel are documented for int8.
+    code: Code = settings.weight if axis is None else "int8"
+    weight = _array(operand)
+    return quantize_constant(operand, weight, code, axis, power_of_two=profile.power_of_two)
+
+
+def _array(operand: Operand) -> Array:
+    tensor = operand.value.const_value
+    assert tensor is not None
+    array: Array = tensor.numpy()
+    return array
+
+
 def _plan_operands(
     unit: Unit, tensors: Mapping[ir.Value, TensorQuant], profile: Profile, settings: Settings
 ) -> list[ConstantQuant]:
@@ -213,15 +274,9 @@ def _plan_operands(
     planned: list[ConstantQuant] = []
     weight: ConstantQuant | None = None
     for operand in sorted(unit.operands, key=lambda operand: operand.role != "weight"):
-        tensor = operand.value.const_value
-        assert tensor is not None
-        array = tensor.numpy()
+        array = _array(operand)
         if operand.role == "weight":
-            allowed = settings.per_channel and unit.op in profile.per_channel
-            axis = axis_of(operand) if allowed else None
-            weight = quantize_constant(
-                operand, array, settings.weight, axis, power_of_two=profile.power_of_two
-            )
+            weight = _plan_weight(unit, operand, profile, settings)
             planned.append(weight)
         elif operand.role == "bias" and weight is not None:
             scale = tensors[unit.inputs[0]].scale

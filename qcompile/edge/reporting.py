@@ -13,6 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qcompile.cache import fed
 from qcompile.calibration.data import CalibrationData
 from qcompile.edge.plan import ConstantQuant, EdgePlan, UnitPlan
+from qcompile.edge.units import WEIGHTED
 from qcompile.metrics import sqnr_db
 from qcompile.progress import Phases
 from qcompile.report import OpRow, Report, SiteRow, UnitRow
@@ -44,7 +45,7 @@ def make_edge_report(
 
     `ops` are those with a weight, as for other targets; `units` are all.
     """
-    weights = {c.node: c for c in plan.constants if c.index == 1 and c.code != "int32"}
+    weights = {c.node: c for c in plan.constants if c.role == "weight"}
     warnings = list(data.warnings)
     if target.unmeasured is not None:
         warnings.append(target.unmeasured)
@@ -68,7 +69,7 @@ def make_edge_report(
         ops=[
             _op_row(unit, weights[unit.name], sqnr)
             for unit in plan.quantized
-            if unit.name in weights
+            if unit.name in weights and unit.op in WEIGHTED
         ],
         units=[_unit_row(unit, plan, weights, sqnr) for unit in plan.units],
         seconds=dict(phases.seconds),
@@ -91,11 +92,15 @@ def measure_units(
     one = first_sample(open_session(path, runtime), feed)
     floats, compiled = ir.load(float_path), ir.load(path)
     outputs = {str(v.name) for v in compiled.graph.outputs}
+
+    def inner(name: str) -> bool:
+        return name not in outputs and plan.tensor(name) is not None
+
     result: dict[str, float] = {}
     for start in range(0, len(units), _AT_ONCE):
         part = units[start : start + _AT_ONCE]
         names = [unit.output for unit in part]
-        codes = [name if name in outputs else f"{name}/dequantized" for name in names]
+        codes = [f"{name}/dequantized" if inner(name) else name for name in names]
         expected = _exposed(floats, names, one, float_path.parent, runtime)
         actual = _exposed(compiled, codes, one, path.parent, runtime)
         for unit, wanted, given in zip(part, expected, actual, strict=True):

@@ -39,8 +39,11 @@ def choose_settings(profile: Profile, config: CompileConfig) -> Settings:
     first, last = profile.opsets
     if not first <= config.opset <= last:
         raise ConfigError(f"profile {profile.name} reads opsets {first} to {last}")
-    activation: Code = asked.activation_type or profile.activations[0]
-    if activation not in profile.activations:
+    preferred = profile.activations or profile.weights
+    activation: Code = asked.activation_type or preferred[0]
+    if asked.activation_type and not profile.activations:
+        raise ConfigError(f"profile {profile.name} leaves activations in float")
+    if activation not in preferred:
         raise ConfigError(
             f"profile {profile.name} has no {activation} activations",
             hint="one of " + ", ".join(profile.activations),

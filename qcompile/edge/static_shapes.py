@@ -78,6 +78,11 @@ def bind_shapes(model: ir.Model, sizes: Mapping[str, int]) -> None:
             value.shape = None
     for value in model.graph.outputs:
         value.shape = None
+    fold_shapes(model)
+
+
+def fold_shapes(model: ir.Model) -> None:
+    """Shapes of everything, and what can be computed from them and from constants."""
     infer_shapes(model)
     fold_constants(model, input_size_limit=_FOLDED_OVER, output_size_limit=_FOLDED_OVER)
     drop_unused(model)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import onnx_ir as ir
 
 from qcompile.config import Recipe
+from qcompile.edge.plan import Role
 from qcompile.edge.profiles import Profile
 from qcompile.errors import ConfigError
 from qcompile.linears import is_constant
-from qcompile.names import module_path
+from qcompile.names import PART_OF_KEY, module_path
 
 WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Ops whose second input may be a constant weight, and whose third is a bias."""
+
+_NORMS: Final = frozenset({"LayerNormalization", "InstanceNormalization"})
+"""Ops with a weight and a bias that are vectors."""
 
 _ACTIVATIONS: Final = frozenset({"Relu", "Clip"})
 """What providers compute in the op before it: nothing is rounded between the two."""
@@ -34,14 +38,13 @@ class Operand:
     Attributes:
         node: that reads it, at its input `index`.
         value: the constant.
-        role: ``weight`` (scale per channel where the profile has it), ``bias`` (int32, its scale
-            the product of the others'), ``constant`` (like an activation).
+        role: what it is to the node.
     """
 
     node: ir.Node
     index: int
     value: ir.Value
-    role: str
+    role: Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +152,8 @@ def axis_of(operand: Operand) -> int | None:
 def _is_float(node: ir.Node) -> bool:
     inputs = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.FLOAT]
     floats = node.outputs and node.outputs[0].dtype == ir.DataType.FLOAT
-    return bool(floats and any(not is_constant(v) for v in inputs))
+    looked_up = node.op_type == "Gather" and not is_constant(node.inputs[1])
+    return bool(floats and inputs and (looked_up or not all(is_constant(v) for v in inputs)))
 
 
 def _unit(node: ir.Node, profile: Profile) -> Unit:
@@ -174,7 +178,11 @@ def _unit(node: ir.Node, profile: Profile) -> Unit:
         if following is not None and following.op_type in _ACTIVATIONS:
             nodes.append(following)
     refusal = None
-    if node.op_type not in profile.quantizes or node.domain:
+    if PART_OF_KEY in node.metadata_props:
+        refusal = f"part of a {node.metadata_props[PART_OF_KEY]}, whose sums want floats"
+    elif node.op_type in profile.weight_only and weighted:
+        pass
+    elif node.op_type not in profile.quantizes or node.domain:
         refusal = f"profile {profile.name} has no quantised {node.op_type}"
     elif node.op_type in WEIGHTED - {"MatMul"} and not weighted:
         refusal = "its weight is computed, not a constant"
@@ -195,10 +203,9 @@ def _operands(node: ir.Node, moves: bool) -> Iterator[Operand]:
     for index, value in _read(node, moves):
         if not is_constant(value):
             continue
-        role = "constant"
-        if node.op_type in WEIGHTED:
-            role = {1: "weight", 2: "bias"}.get(index, "constant")
-        yield Operand(node, index, value, role)
+        roles: Sequence[Role] = ("constant", "weight", "bias")
+        scaled = node.op_type in WEIGHTED or node.op_type in _NORMS
+        yield Operand(node, index, value, roles[index] if scaled and index < 3 else "constant")
 
 
 def _bias_of(add: ir.Node, product: ir.Value, weight: Operand) -> Operand | None:

@@ -17,9 +17,17 @@ from qcompile.errors import ConfigError, ModelError
 from qcompile.frontend.adapter import add_adapter
 from qcompile.frontend.export import check_finite_weights, export_module
 from qcompile.frontend.gguf import is_gguf, load_gguf, load_gguf_tokenizer, read_gguf_config
+from qcompile.frontend.image import (
+    PROCESSOR,
+    OneImageOutput,
+    any_size,
+    image_example,
+    load_image_processor,
+)
 from qcompile.frontend.loading import check_loaded, guarded
 from qcompile.frontend.opset import OPSET
 from qcompile.frontend.quantized import load_quantized
+from qcompile.spill import spill
 from qcompile.traced import POSITIONS, Kind, TracedModel
 
 # Task -> (attribute of the model's output, how it is measured).
@@ -28,6 +36,7 @@ _TASKS: Final[dict[str, tuple[str, Kind]]] = {
     "fill-mask": ("logits", "text-classification"),
     "token-classification": ("logits", "text-classification"),
     "text-classification": ("logits", "text-classification"),
+    "image-classification": ("logits", "image-classification"),
     "feature-extraction": ("last_hidden_state", "feature-extraction"),
     "sentence-similarity": ("last_hidden_state", "feature-extraction"),
 }
@@ -42,6 +51,7 @@ _ASSET_PATTERNS: Final = (
     "merges.txt",
     "*.model",
     "chat_template.*",
+    PROCESSOR,
     "modules.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
@@ -76,19 +86,31 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
             module, checkpoint, config.adapter, config.adapter_mode
         )
     check_finite_weights(module)
-    tokenizer = _load_tokenizer(source, config.trust_remote_code)
-    max_length = _max_length(module)
-    example = _example(module, tokenizer, kind, max_length)
     batch = torch.export.Dim("batch", min=1, max=65536)
-    sequence = torch.export.Dim("sequence", min=1, max=max_length or 1 << 20)
-    graph = export_module(
-        _OneOutput(module, output).eval(),
+    wrapper: torch.nn.Module
+    if kind == "image-classification":
+        tokenizer, max_length = None, None
+        processor = guarded(
+            "image processor", source, load_image_processor, source, config.trust_remote_code
+        )
+        wrapper, example = OneImageOutput(module, output), image_example(module, processor)
+        axes: dict[int, Any] = {0: batch}
+        if any_size(module, processor):
+            axes |= dict.fromkeys((2, 3), torch.export.Dim.AUTO)
+    else:
+        processor, tokenizer = None, _load_tokenizer(source, config.trust_remote_code)
+        max_length = _max_length(module)
+        wrapper = _OneOutput(module, output)
+        example = _example(module, tokenizer, kind, max_length)
+        axes = {0: batch, 1: torch.export.Dim("sequence", min=1, max=max_length or 1 << 20)}
+    exported = export_module(
+        wrapper.eval(),
         example,
-        {name: {0: batch, 1: sequence} for name in example},
+        dict.fromkeys(example, axes),
         [output],
         opset=OPSET,
-        work=work,
     )
+    graph = spill(exported, work, "traced")
     # Not by `del`: torch.export's and onnxscript's caches keep the module.
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = torch.empty(0)
@@ -98,9 +120,10 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         task=task,
         kind=kind,
         tokenizer=tokenizer,
-        assets=find_assets(_assets_folder(source, hf_config, tokenizer, work)),
+        image_processor=processor,
+        assets=find_assets(_assets_folder(source, hf_config, tokenizer or processor, work)),
         max_length=max_length,
-        bos_token_id=_token_id(hf_config.bos_token_id),
+        bos_token_id=_token_id(getattr(hf_config, "bos_token_id", None)),
         checkpoint=checkpoint,
         adapter=added,
     )
@@ -141,14 +164,14 @@ class _OneOutput(torch.nn.Module):
         return result
 
 
-def _assets_folder(source: str, hf_config: Any, tokenizer: Any, work: Path) -> Path:
+def _assets_folder(source: str, hf_config: Any, preprocessor: Any, work: Path) -> Path:
     """The model's folder; for a hub id one below `work`, filled from what was loaded."""
     if Path(source).is_dir():
         return Path(source)
     folder = work / "assets"
     hf_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    if preprocessor is not None:
+        preprocessor.save_pretrained(folder)
     return folder
 
 

@@ -8,14 +8,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import transformers
 from safetensors import SafetensorError
 
 from qcompile.errors import ModelError, QcompileError
 
-Part: TypeAlias = Literal["configuration", "weights", "tokenizer"]
+Part: TypeAlias = Literal["configuration", "weights", "tokenizer", "image processor"]
+
+_FILES: Final = {"tokenizer": "tokenizer*.json", "image processor": "preprocessor_config.json"}
 
 
 def guarded(part: Part, source: str, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,8 +102,7 @@ def _told(part: Part, source: str, error: Exception) -> tuple[str, str | None]:
             return f"{source} holds no weights", "they belong there as .safetensors files"
         return f"the weights of {source} do not fit its configuration", hint
     if folder.is_dir():
-        files = "tokenizer*.json" if part == "tokenizer" else "config.json"
-        for path in sorted(folder.glob(files)):
+        for path in sorted(folder.glob(_FILES.get(part, "config.json"))):
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, OSError):
