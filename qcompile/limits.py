@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Final
 
 import onnx_ir as ir
 
 from qcompile.cache import PAST
+from qcompile.calibration.tokens import check_positions
 from qcompile.config import CompileConfig
 from qcompile.costs import open_costs
 from qcompile.edge.options import EdgeOptions
@@ -15,7 +17,7 @@ from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.planfile import PlanFile
 from qcompile.schemes import Scheme
 from qcompile.targets import Target
-from qcompile.traced import LOGITS, TracedModel
+from qcompile.traced import LOGITS, POSITIONS, TracedModel
 from qcompile.verify import Verification
 
 _EDGE_TAKES: Final = (("activations", "static"), ("objective", "scheme"))
@@ -137,6 +139,29 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             "min_speedup is a limit on the whole model, and the stored times are of Linears alone",
             hint="--costs with a file of times that were taken on such a machine",
         )
+
+
+def check_seq_len(source: object, calibration: object, config: CompileConfig) -> None:
+    """Refuse samples of more tokens than the model has positions, before it is traced for minutes.
+
+    What cannot be told from the ``config.json`` of a folder is told later.
+
+    Raises:
+        ConfigError: they are longer.
+    """
+    arrays = calibration is not None and not (
+        isinstance(calibration, str | Path) and Path(calibration).suffix in (".txt", ".jsonl")
+    )
+    path = Path(source) / "config.json" if isinstance(source, str | Path) else None
+    if arrays or config.edge.shapes or path is None or not path.is_file():
+        return
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return  # said by what reads it
+    found = [settings.get(n) for n in POSITIONS] if isinstance(settings, dict) else []
+    positions = next((n for n in found if isinstance(n, int) and n > 0), None)
+    check_positions(config.seq_len, positions, path.parent.name)
 
 
 def _check_outliers(scheme: Scheme, config: CompileConfig) -> None:

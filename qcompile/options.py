@@ -231,7 +231,11 @@ def _options(linear: Linear, config: CompileConfig, scheme: Scheme, target: Targ
         wanted = tuple(_FP8_OF[mode] for mode in asked if mode in _FP8_OF)
     modes = tuple(mode for mode in wanted if target.capability("MatMul", mode) is not None)
     if not modes and rule.precision == "fp8":
-        raise ConfigError(f"{target.name} has no kernel for fp8 ({linear.name})")
+        why = target.scheme_obstacle("fp8")
+        raise ConfigError(
+            f"{target.name} has no kernel for fp8 ({linear.name})" + (f": {why}" if why else ""),
+            hint="w8a8 and float are what the recipe can say there",
+        )
     if not modes:
         of = f"{asked[0]} activations" + (" in fp8" if fp8 else "")
         return Options(("float",), f"{target.name} has no kernel for {of}")

@@ -36,6 +36,7 @@ from qcompile.limits import (
     check_edge,
     check_limits,
     check_plan_paths,
+    check_seq_len,
     check_target,
     incomparable,
 )
@@ -116,6 +117,7 @@ def compile_model(
         QcompileError: anything that cannot be done; nothing is left at `output` then.
     """
     chosen_target, config = checked(target, scheme, calibration, config)
+    check_seq_len(source, calibration, config)
     with staged(output, overwrite=overwrite) as (folder, work):
         shared = Shared(source, calibration, work)
         report = compile_shared(
@@ -415,7 +417,8 @@ def calibration_data(
         model = dataclasses.replace(model, kind="other")
         config = config.model_copy(update={"samples": 4})
     data = generate_calibration(model, session, config, progress=step)
-    if scheme.keeps and scheme.cache_bits is None:
+    if scheme.cache_bits is None and (scheme.keeps or not scheme.quantizes):
+        # Nothing was calibrated, so the warning is of the figures alone.
         note = f"accuracy was measured on {data.origin}, not on real data; give --calibration"
         return dataclasses.replace(data, warnings=(note,))
     return data

@@ -50,7 +50,7 @@ def make_report(
     cache: Cache | None = None,
 ) -> Report:
     """The report of one compilation; sizes are filled in when the artifact is complete."""
-    warnings = list(data.warnings) if scheme.calibrates else []
+    warnings = list(data.warnings)
     if target.caveat:
         warnings.append(target.caveat)
     nothing = incomparable(target, scheme, config)

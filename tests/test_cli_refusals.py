@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from qcompile import pipeline
 from qcompile.traced import Batch
 from tests.cli_runner import RunCli
 
@@ -220,6 +221,20 @@ def test_a_sequence_longer_than_the_positions(
     assert "513 tokens is longer than the 512" in error
     assert "--seq-len 512" in error
     assert "longer than the 512" in run_cli(tiny_onnx, "--seq-len", 4000).error
+
+
+@pytest.mark.parametrize("text", ["calibration.txt", None])
+def test_a_sequence_that_is_too_long_is_refused_before_tracing(
+    run_cli: RunCli, tiny_opt: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    monkeypatch.setattr(pipeline, "traced", lambda *_: pytest.fail("it is traced"))
+    data = ("--calibration", tiny_opt / text) if text else ()
+    for words in (("--scheme", "w8a8"), ("--compare", "w8a8,fp32")):
+        error = run_cli(tiny_opt, "--seq-len", 100_000, *words, *data).error
+        assert error == (
+            "a sequence of 100000 tokens is longer than the 512 that tiny-opt takes "
+            "(use --seq-len 512 or less)"
+        )
 
 
 def test_a_recipe_that_matches_nothing(

@@ -46,7 +46,7 @@ def make_edge_report(
     `ops` are those with a weight, as for other targets; `units` are all.
     """
     weights = {c.node: c for c in plan.constants if c.role == "weight"}
-    warnings = list(data.warnings) if scheme.calibrates else []
+    warnings = list(data.warnings)
     if target.caveat is not None:
         warnings.append(target.caveat)
     return Report(

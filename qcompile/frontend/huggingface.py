@@ -28,7 +28,7 @@ from qcompile.frontend.loading import check_loaded, guarded
 from qcompile.frontend.opset import OPSET
 from qcompile.frontend.quantized import load_quantized
 from qcompile.spill import spill
-from qcompile.traced import Kind, TracedModel
+from qcompile.traced import POSITIONS, Kind, TracedModel
 
 # Task -> (attribute of the model's output, how it is measured).
 _TASKS: Final[dict[str, tuple[str, Kind]]] = {
@@ -297,7 +297,7 @@ def _example(
 
 
 def _max_length(module: Any) -> int | None:
-    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+    for name in POSITIONS:
         value = getattr(module.config, name, None)
         if isinstance(value, int) and value > 0:
             return value - _reserved_positions(module)
