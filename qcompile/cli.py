@@ -17,6 +17,8 @@ from rich.console import Console
 
 from qcompile.cli_group import CompileByDefault
 from qcompile.errors import ConfigError, QcompileError
+from qcompile.terminating import STATUS as TERMINATED
+from qcompile.terminating import Terminated, terminable
 
 _INTERRUPTED = 130
 
@@ -103,6 +105,16 @@ def cli() -> None:
     help="Of weights alone: blocks without or with zero points.  [default: as the method has it]",
 )
 @click.option(
+    "--outlier-threshold",
+    type=float,
+    help="llm-int8: magnitude from which on a channel stays in float.  [default: 6]",
+)
+@click.option(
+    "--outlier-share",
+    type=float,
+    help="llm-int8, spqr: part of the input channels that stays in float, up to 0.125.",
+)
+@click.option(
     "--equalize/--no-equalize",
     default=None,
     help="Move scales between ops (cross-layer equalisation).  [default: on onnx-edge]",
@@ -165,6 +177,13 @@ def cli() -> None:
     "--strict/--no-strict",
     default=True,
     help="Fail where verification does not hold, or only report it.  [default: strict]",
+)
+@click.option(
+    "--format",
+    type=click.Choice(["onnx", "ort"]),
+    default="onnx",
+    show_default=True,
+    help="ort: model.ort too, for reduced builds, and the operators that one needs.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
@@ -277,10 +296,15 @@ def schemes_command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
 def inspect_command(folder: Path, as_json: bool) -> None:
     """Show, for each op of the artifact FOLDER, its precision, kernel, candidates and reason."""
+    from qcompile.artifact import damaged_files, read_record
     from qcompile.report import Report
     from qcompile.summary import print_ops
 
     report = Report.read(folder)
+    changed = sorted(damaged_files(folder, read_record(folder)))
+    if changed:
+        named = ", ".join(changed)
+        click.echo(f"warning: {named}: missing or changed since the artifact was made", err=True)
     if as_json:
         click.echo(report.model_dump_json(indent=1))
     else:
@@ -300,7 +324,8 @@ def report_command(folders: tuple[Path, ...], output: Path | None) -> None:
     from qcompile.redrawing import draw_again, draw_to
 
     if output is not None:
-        draw_to(output, folders)
+        for note in draw_to(output, folders):
+            click.echo(f"warning: {note}", err=True)
         click.echo(output)
         return
     if len(folders) > 1:
@@ -393,13 +418,16 @@ def main() -> None:
     """Entry point: one line for every deliberate error, and the exit status."""
     _quiet_libraries()
     try:
-        cli.main(standalone_mode=False)
+        with terminable():
+            cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except QcompileError as error:
         _fail(str(error), 1)
+    except Terminated:
+        _fail("terminated", TERMINATED)
     except (KeyboardInterrupt, click.Abort):
         # Only compiling writes anything, and it is the default.
         compiling = not sys.argv[1:] or sys.argv[1] not in {*cli.commands} - {"compile"}

@@ -41,7 +41,7 @@ class _Frozen(pydantic.BaseModel):
 class SiteRule(_Frozen):
     """What a recipe asks for the modules that its glob matches. Unset fields keep the default."""
 
-    precision: Literal["float", "w8a8", "fp8", "w8a16", "w4a16", "split"] | None = None
+    precision: Literal["float", "w8a8", "fp8", "w8a16", "w4a16", "split", "llm-int8"] | None = None
     method: Method | None = None
     activations: Activations | None = None
     smooth: Smooth | None = None
@@ -166,6 +166,10 @@ class CompileConfig(_Frozen):
             too, after a colon.
         block_size: of their input channels that share a scale; None: 32.
         symmetric: whether their blocks have no zero points; None: as the method has it.
+        outlier_threshold: a channel whose magnitude reaches it in calibration stays in float where
+            the scheme is ``llm-int8``; None: 6, as in the paper.
+        outlier_share: part of the input channels that stays in float, for ``llm-int8`` instead of
+            a threshold, and for the method ``spqr``; None: a hundredth there.
         equalize: move scales between ops before they are quantised (arXiv 1906.04721); None: where
             the target gains by it.
         bias_correction: add what rounding shifts on average to biases (the same paper); None: as
@@ -185,6 +189,8 @@ class CompileConfig(_Frozen):
         adapter_mode: ``merge`` it into the weights before they are quantised, or ``keep`` it beside
             them in float.
         strict: a verification that does not hold is an error, not only a line in the report.
+        format: ``ort`` also writes the graph in ONNX Runtime's own format, for reduced builds of
+            it, with the operators and types that such a build needs.
 
     Raises:
         ConfigError: an unknown option, a value out of its range, or one without effect.
@@ -205,6 +211,8 @@ class CompileConfig(_Frozen):
     method: Method = "rtn"
     block_size: Literal[32, 64, 128] | None = None
     symmetric: bool | None = None
+    outlier_threshold: Annotated[float, pydantic.Field(gt=0)] | None = None
+    outlier_share: Annotated[float, pydantic.Field(gt=0, le=0.125)] | None = None
     equalize: bool | None = None
     bias_correction: bool | None = None
     recipe: Recipe = Recipe()
@@ -219,6 +227,7 @@ class CompileConfig(_Frozen):
     adapter: Path | None = None
     adapter_mode: AdapterMode = "merge"
     strict: bool = True
+    format: Literal["onnx", "ort"] = "onnx"
 
     @pydantic.field_validator("recipe", mode="before")
     @classmethod
@@ -242,6 +251,12 @@ class CompileConfig(_Frozen):
         methods = {self.method, *(rule.method for _, rule in self.recipe.rules)}
         if self.symmetric and "hqq" in methods:
             raise ValueError("hqq moves zero points, and symmetric blocks have none")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _outliers_are_found_in_one_way(self) -> CompileConfig:
+        if self.outlier_threshold is not None and self.outlier_share is not None:
+            raise ValueError("outlier_threshold and outlier_share contradict each other")
         return self
 
     @pydantic.model_validator(mode="after")

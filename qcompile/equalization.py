@@ -129,9 +129,7 @@ def plan_equalization(
             names = pair.first.name, pair.second.name
             planned.append(Equalized(*names, scale, pair.channels, gain))
         else:
-            refused[pair.second.name] = (
-                f"no scale would bring the predicted error below {PAYS:.0%}"
-            )
+            refused[pair.second.name] = f"no scale would bring the predicted error below {PAYS:.0%}"
     return EqualizationPlan(tuple(planned), refused)
 
 

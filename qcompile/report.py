@@ -120,7 +120,7 @@ class OpRow(_Model):
     `sqnr_db` compares the op's output with the float graph's, so it holds the errors of all ops
     before it too. `saturation_safe` says whether no input can overflow the 16-bit sums of a
     kernel without VNNI: ``always``, ``calibrated range`` or ``no``. `label` is what was chosen,
-    `bytes` are those of the weight as it is stored.
+    `bytes` are those of the weight as it is stored, `kept` of its input channels stay in float.
     """
 
     name: str
@@ -129,6 +129,7 @@ class OpRow(_Model):
     shape: tuple[int, int]
     label: Label | None = None
     bytes: int | None = None
+    kept: int | None = None
     candidates: list[CandidateRow] = []
     kernel: str | None = None
     sqnr_db: float | None = None

@@ -24,6 +24,9 @@ LOGITS: Final[frozenset[Kind]] = frozenset(
 )
 """The kinds whose outputs are distributions over classes."""
 
+POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx")
+"""What a Transformers configuration calls the tokens that a model has positions for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class InputSpec:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from qcompile.config import Activations
 from qcompile.makers import Maker
+from qcompile.ort_format import OrtStyle
 from qcompile.precision import MODES, Floats, Label, OpPlan, PrecisionPlan
 from qcompile.session import HERE, Runtime
 
@@ -48,7 +49,7 @@ class Target(abc.ABC):
     variants: tuple[str, ...] = ()
     capabilities: tuple[Capability, ...] = ()
     schemes: tuple[str, ...] = (
-        "fp32", "w8a8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4", "checkpoint"
+        "fp32", "w8a8", "llm-int8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4", "checkpoint"
     )  # fmt: skip
     """Names of the schemes that it runs."""
     floats: Floats = "float32"
@@ -92,6 +93,11 @@ class Target(abc.ABC):
     @property
     def caveat(self) -> str | None:
         """What figures measured here do not say about the machine that is compiled for."""
+        return None
+
+    @property
+    def ort_style(self) -> OrtStyle | None:
+        """How its graphs are written in ONNX Runtime's own format; None: they cannot be."""
         return None
 
     @property

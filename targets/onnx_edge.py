@@ -11,6 +11,7 @@ import onnxruntime as ort
 from qcompile.targets.base import Capability, Target
 
 from qcompile.edge.profiles import PROFILES, get_profile
+from qcompile.ort_format import OrtStyle
 from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.session import Runtime
 
@@ -20,6 +21,9 @@ _EXACT: Final = Runtime(entries={"session.x64quantprecision": "1"})
 _FOLDED: Final = Runtime(entries={"session.disable_quant_qdq": "1"})
 """Weights in codes alone are computed when a session opens; else int4 and int8 kernels for language
 models, which round activations, would take them."""
+_ON_CPU: Final = ("generic", "web")
+"""Profiles of ONNX Runtime's own kernels, in WebAssembly too; other providers look for operators
+of ONNX."""
 
 _INLINE_BYTES: Final = 1 << 30
 """Weights up to this lie in the graph's own file: a page or an app loads one file."""
@@ -41,11 +45,15 @@ class OnnxEdge(Target):
     equalizes = True
     capabilities = tuple(
         Capability(
-            op=", ".join(sorted(profile.computes)),
+            op=", ".join(sorted(profile.computes | profile.weight_only)),
             label="static",
             weights=", ".join(profile.weights),
-            kernel=f"{profile.name}: {', '.join(profile.activations)}",
-            note=f"{profile.summary}; {', '.join(source.url for source in profile.sources)}",
+            kernel=f"{profile.name}: {', '.join(profile.activations) or 'float'} activations",
+            note="; ".join(
+                part
+                for part in (profile.summary, profile.note, *(s.url for s in profile.sources))
+                if part
+            ),
         )
         for profile in PROFILES.values()
     )
@@ -53,6 +61,10 @@ class OnnxEdge(Target):
     def __init__(self, variant: str = "") -> None:
         self.profile = get_profile(variant)
         self.variant = variant
+
+    @property
+    def ort_style(self) -> OrtStyle:
+        return "fused" if self.profile.name in _ON_CPU else "standard"
 
     @property
     def saturates(self) -> bool:
@@ -63,7 +75,7 @@ class OnnxEdge(Target):
         return False
 
     @property
-    def unmeasured(self) -> str | None:
+    def caveat(self) -> str | None:
         return "an edge device is not here to be timed on, so speed was not measured"
 
     def runtime(

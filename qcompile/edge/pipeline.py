@@ -17,12 +17,14 @@ from qcompile.edge.planning import plan_edge, require_any
 from qcompile.edge.profiles import Profile, get_profile
 from qcompile.edge.reporting import make_edge_report, measure_units
 from qcompile.edge.settings import choose_settings
+from qcompile.edge.sizing import choose_narrow
 from qcompile.edge.smoothing import smooth_linears
 from qcompile.edge.static_shapes import bind_shapes, check_input_shapes, fold_shapes
 from qcompile.edge.units import find_units, keep_float, name_units
 from qcompile.edge.verifying import verify_edge
 from qcompile.equalization import EqualizationPlan
 from qcompile.errors import VerificationError
+from qcompile.ort_format import write_ort
 from qcompile.passes.decompose import Decompose
 from qcompile.passes.equalize import Equalize
 from qcompile.passes.quantize_tensors import QuantizeTensors
@@ -96,6 +98,9 @@ def compile_edge(
         with phases.phase("quantize"):
             plan = plan_edge(units, seen, profile, settings, kept)
             require_any(plan)
+            narrow = choose_narrow(graph, plan, units, seen, profile, config)
+            if narrow:
+                plan = plan_edge(units, seen, profile, settings, kept, narrow)
         if config.bias_correction is not False:
             with phases.phase("correct") as step:
                 correction = correction_of(graph, plan, data.calibration, work, progress=step)
@@ -115,6 +120,8 @@ def compile_edge(
                 "; ".join(findings.problems), hint="--no-strict writes the artifact all the same"
             )
         sqnr = measure_units(float_path, path, plan, runtime, data.held_back[0])
+        if config.format == "ort" and target.ort_style is not None:
+            write_ort(path, target.ort_style, data.held_back[0], runtime)
 
     report = make_edge_report(
         model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases
