@@ -59,7 +59,7 @@ def test_the_size_is_the_image_processor_s(vit: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_processor_is_one_line(vit: Path, tmp_path: Path) -> None:
     (vit / "preprocessor_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ModelError, match="preprocessor_config.json is damaged"):
+    with pytest.raises(ModelError, match=r"preprocessor_config\.json is damaged"):
         load(str(vit), CONFIG, tmp_path)
 
 
