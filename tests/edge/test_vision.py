@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from qcompile.targets import get_target
 from sklearn.datasets import load_digits
 
 import qcompile
@@ -17,7 +18,6 @@ from qcompile.pipeline import Shared, compile_shared
 from qcompile.progress import Phases
 from qcompile.report import Report
 from qcompile.schemes import get_scheme
-from qcompile.targets import get_target
 
 
 class DigitsNet(torch.nn.Module):
