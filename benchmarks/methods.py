@@ -25,15 +25,14 @@ from benchmarks.common import Feed, accuracy, publish, session, windows
 from qcompile.checkpoints.scheme import choose_scheme
 from qcompile.config import CompileConfig
 from qcompile.errors import QcompileError
+from qcompile.methods import METHODS
 from qcompile.pipeline import Shared, checked, compile_shared
 from qcompile.progress import Phases
 
-SCHEMES = ("rtn", "mse", "hqq", "awq", "gptq", "awq+gptq")
 SETTINGS = [
-    *((f"w4a16:{method}", False) for method in SCHEMES),
-    *((f"w4a16:{method}", True) for method in SCHEMES if method != "hqq"),
-    ("nf4", None),
-    ("fp4", None),
+    *((f"w4a16:{method}", False) for method in METHODS),
+    *((f"w4a16:{method}", True) for method in METHODS if method != "hqq"),
+    *((scheme, None) for scheme in ("nf4", "fp4", "llm-int8")),
 ]
 """Scheme, and whether blocks are symmetric."""
 

@@ -3,7 +3,7 @@
     python -m benchmarks.methods_table
 
 Reads docs/methods/measured.json. What stands between ``<!-- measured -->`` and ``<!-- end -->`` in
-a page is replaced.
+a page is replaced; a page without them gets them at its end.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ FOLDER: Final = Path(__file__).parents[1] / "docs" / "methods"
 JSON: Final = FOLDER / "measured.json"
 
 NAMES: Final = {"opt-30m": "OPT, 30 million", "llama-28m": "Llama, 28 million"}
+_BLOCKS: Final = {"nf4": "of 64", "fp4": "of 64"}
 _BETWEEN: Final = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 Row = Mapping[str, Any]
@@ -32,16 +33,12 @@ def main() -> None:
 
 
 def updated(text: str, page: str, measured: Measured) -> str:
-    """`text` of the page `page` with the rows that are for it: of README all of them.
-
-    Raises:
-        ValueError: there are rows for a page that has no place for them.
-    """
+    """`text` of the page `page` with the rows that are for it: of README all of them."""
     keys = [key for key in _keys(measured) if page in ("README", *pages(key[0]))]
     if not keys:
         return text
     if not _BETWEEN.search(text):
-        raise ValueError(f"{page}.md has no <!-- measured --> for {keys[0][0]}")
+        text += "\n<!-- measured -->\n<!-- end -->\n"
     return _BETWEEN.sub(lambda _: f"\n{table(keys, measured)}\n\n", text)
 
 
@@ -58,7 +55,9 @@ def table(keys: Sequence[tuple[str, str]], measured: Measured) -> str:
     lines = [f"| | blocks | {' | '.join(heads)} |", f"|---|---|{'---|' * len(models)}"]
     for scheme, blocks in keys:
         cells = [_cell(measured[name], scheme, blocks) for name in models]
-        lines.append(f"| `{scheme}` | {blocks or 'of 64'} | {' | '.join(cells)} |")
+        lines.append(
+            f"| `{scheme}` | {blocks or _BLOCKS.get(scheme, 'none')} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 

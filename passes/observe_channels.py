@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-PARTS: Final = ("rows", "minimum", "maximum", "sum", "squares")
+PARTS: Final = ("rows", "minimum", "maximum", "sum", "squares", "nonzero")
 _PREFIX: Final = "channels"
 
 
@@ -22,8 +22,8 @@ class ObserveChannels(ir.passes.InPlacePass):
     """Replace the graph's outputs by statistics of chosen values, each [C], over all other axes.
 
     For the value under key ``i``, whose channels are its axis 1 or its last: ``channels.i.rows``,
-    the number of values of a channel, ``.minimum``, ``.maximum``, ``.sum`` of x and ``.squares`` of
-    x².
+    the number of values of a channel, ``.minimum``, ``.maximum``, ``.sum`` of x, ``.squares`` of
+    x² and ``.nonzero``, how many are not zero.
 
     Args:
         values: key -> (name of the value, axis of its channels: 1 or -1, number of channels).
@@ -57,9 +57,11 @@ def _observe(graph: ir.Graph, key: int, value: ir.Value, axis: int, channels: in
     rows = tape.op("Reshape", [value, integers("shape", shape)])
     over = integers("axes", axes)
     count = tape.op("Size", [rows])
+    ones = tape.op("Abs", [tape.op("Sign", [rows])])
     results = [
         tape.op("Div", [count, integers("channels", [channels])]),
         *(tape.op(kind, [rows, over], {"keepdims": 0}) for kind in _REDUCTIONS),
+        tape.op("ReduceSum", [ones, over], {"keepdims": 0}),
     ]
     for part, result in zip(PARTS, results, strict=True):
         result.name = output_name(key, part)

@@ -29,8 +29,12 @@ ALPHAS: Final = (0.25, 0.5, 0.75, 1.0)
 SWEEPS: Final = 10
 """Ops share weights with the pairs before and after theirs, so pairs are gone through again."""
 
-WORTH: Final = 0.99
-"""A scale is taken where it brings the predicted error to this part or less."""
+PAYS: Final = 0.7
+"""A pair is scaled where that brings the predicted error to this part or less: the prediction is
+rough."""
+
+_BETTER: Final = 0.99
+"""A pair that is scaled gets another scale where that brings the error to this part or less."""
 
 ROOM: Final = 1.25
 """A channel is moved under the limit of a Clip only where this many times its calibrated maximum
@@ -107,7 +111,8 @@ def plan_equalization(
                 candidates = [_under(s, seen, pair.limit, scales[at]) for s in candidates]
             errors = [trial.error(s) for s in candidates]
             best, before = int(np.argmin(errors)), trial.error(np.ones_like(scales[at]))
-            if before <= 0 or errors[best] > WORTH * before:
+            wanted = PAYS if gains[at] == 1.0 else _BETTER
+            if before <= 0 or errors[best] > wanted * before:
                 continue
             scale, changed = candidates[best], True
             gains[at] *= errors[best] / before
@@ -124,7 +129,7 @@ def plan_equalization(
             names = pair.first.name, pair.second.name
             planned.append(Equalized(*names, scale, pair.channels, gain))
         else:
-            refused[pair.second.name] = "no scale would lessen the predicted error"
+            refused[pair.second.name] = f"no scale would bring the predicted error below {PAYS:.0%}"
     return EqualizationPlan(tuple(planned), refused)
 
 
@@ -167,7 +172,9 @@ class _Trial:
         low, high = (self.x.minimum / s).min(), (self.x.maximum / s).max()
         step = (max(high, 0.0) - min(low, 0.0)) / 255.0
         reach = self.energy * np.square(s)
-        activation = step**2 / 12.0 * reach.sum()
+        # Zero is a code exactly.
+        rounded = self.x.nonzero / self.x.count
+        activation = step**2 / 12.0 * (reach * rounded).sum()
         groups, _, ins, taps = self.second.shape
         tops = (self.largest * s.reshape(groups, 1, ins)).max(axis=2)
         if not self.per_channel:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from scipy import linalg
 
 from qcompile.clipping import clipped_range
-from qcompile.descent import descend
+from qcompile.descent import damped, refine
 from qcompile.precision import QuantizedWeight
 from qcompile.weight_blocks import Grid, in_blocks
 
@@ -27,6 +27,9 @@ Array = npt.NDArray[Any]
 DAMPING: Final = 0.01
 """Part of the mean of H's diagonal that is added to it: directions that calibration did not show
 are not free."""
+
+ROUNDS: Final = 2
+"""Of better scales and codes, from what GPTQ leads to."""
 
 _COLUMNS: Final = 2048
 
@@ -48,11 +51,11 @@ def quantize_gptq(
     """
     depth = len(weight)
     order = _activation_order(np.diagonal(hessian), block_size)
-    damped = _damped(hessian)
-    factor = _factor(damped, order)
-    moments = damped.astype(np.float32)
+    factor = _factor(hessian, order)
     counts = importance_in_blocks(np.diagonal(hessian), block_size)
     float_hessian = hessian.astype(np.float32)
+    # A short last block is filled with channels that never move anything.
+    whole = damped(np.pad(hessian, (0, -depth % block_size)))
     parts = []
     for start in range(0, weight.shape[1], _COLUMNS):
         wanted = np.ascontiguousarray(weight[:, start : start + _COLUMNS], np.float32)
@@ -60,7 +63,7 @@ def quantize_gptq(
         plain = clipped_range(blocks, counts, bits=bits, symmetric=symmetric)
         nearest = plain.nearest(blocks)
         codes, grid = _round_in_turn(wanted, order, factor, counts, plain)
-        codes, grid = descend(wanted, moments, codes, grid, order)
+        grid, codes = refine(blocks.reshape(-1, blocks.shape[2]), grid, codes, whole, rounds=ROUNDS)
         tried = [plain.values(nearest), grid.values(codes)]
         missed = [each.reshape(-1, wanted.shape[1])[:depth] - wanted for each in tried]
         errors = [np.einsum("kn,kn->n", each, float_hessian @ each) for each in missed]
@@ -94,19 +97,13 @@ def _activation_order(diagonal: Array, block_size: int) -> Array:
     return np.concatenate(parts)
 
 
-def _damped(hessian: Array) -> Array:
-    """`hessian` with its mean diagonal one, and damped, float64 [K, K]."""
-    mean = float(np.diagonal(hessian).mean())
-    damped = hessian.astype(np.float64) / (mean if mean > 0.0 else 1.0)
-    damped[np.diag_indices_from(damped)] += DAMPING if mean > 0.0 else 1.0
-    return damped
-
-
-def _factor(damped: Array, order: Array) -> Array:
+def _factor(hessian: Array, order: Array) -> Array:
     """Upper U with UᵀU = H⁻¹, rows in `order`, float32 [K, K]."""
-    turned = damped[np.ix_(order, order)]
+    damped = hessian[np.ix_(order, order)].astype(np.float64)
+    mean = float(np.diagonal(damped).mean())
+    damped[np.diag_indices_from(damped)] += DAMPING * mean if mean > 0.0 else 1.0
     inverse = linalg.cho_solve(
-        linalg.cho_factor(turned, lower=True, overwrite_a=True, check_finite=False),
+        linalg.cho_factor(damped, lower=True, overwrite_a=True, check_finite=False),
         np.eye(len(damped)),
         overwrite_b=True,
         check_finite=False,

@@ -270,7 +270,7 @@ def check_edge(target: Target, config: CompileConfig) -> None:
             raise ConfigError(f"{asked[0]} is for target onnx-edge, and not for {target.name}")
         return
     for field in (
-        *("activations", "objective", "max_kl", "min_speedup", "max_size", "costs", "plan_in"),
+        *("activations", "objective", "max_kl", "min_speedup", "costs", "plan_in"),
         *("plan_out", "shapes", "cache", "last_logits", "block_size", "symmetric", "method"),
     ):
         given, default = getattr(config, field), CompileConfig.model_fields[field].default

@@ -103,9 +103,15 @@ class PlanFile(pydantic.BaseModel):
             ConfigError: the plan is for another model, or asks for what an op cannot become.
         """
         different = sorted(set(self.ops) ^ set(options))
-        different = different or sorted(set(self.smoothing) - {site.name for site in sites})
+        named = {site.name for site in sites}
+        different = different or sorted(set(self.smoothing) - named)
+        different = different or sorted(set(self.kept) - named - set(options))
         if different:
-            where = "the plan" if different[0] in {*self.ops, *self.smoothing} else "the model"
+            where = (
+                "the plan"
+                if different[0] in {*self.ops, *self.smoothing, *self.kept}
+                else "the model"
+            )
             raise ConfigError(f"the plan is for another model: {different[0]} is only in {where}")
         for site in sites:
             for linear in site.linears:

@@ -81,17 +81,14 @@ def _most_harmful(
     counts = 1.0 / np.diagonal(linalg.inv(damped, check_finite=False))
     counts = np.pad(counts, (0, -len(counts) % block_size)).reshape(len(blocks), block_size)
     steps = 2 ** (bits - 1) if symmetric else 2**bits - 1
-    gain = np.stack([_gains(*each, steps, symmetric) for each in zip(blocks, counts, strict=True)])
-    found = []
+    gains = np.stack([_gains(*each, steps, symmetric) for each in zip(blocks, counts, strict=True)])
+    left = (np.arange(counts.size) < len(weight)).reshape(counts.shape)
     for _ in range(count):
-        at = int(gain.argmax())
-        found.append(at)
-        block, row = divmod(at, block_size)
+        block, row = divmod(int(np.where(left, gains, -np.inf).argmax()), block_size)
+        left[block, row] = False
         blocks[block, row] = counts[block, row] = 0.0
-        gain[block] = _gains(blocks[block], counts[block], steps, symmetric)
-        taken = [each % block_size for each in found if each // block_size == block]
-        gain[block, taken] = -np.inf
-    return np.sort(np.array(found, np.int64))
+        gains[block] = _gains(blocks[block], counts[block], steps, symmetric)
+    return np.flatnonzero(~left.reshape(-1)[: len(weight)]).astype(np.int64)
 
 
 def _gains(block: Array, counts: Array, steps: int, symmetric: bool) -> Array:

@@ -45,11 +45,15 @@ class OnnxEdge(Target):
     equalizes = True
     capabilities = tuple(
         Capability(
-            op=", ".join(sorted(profile.computes)),
+            op=", ".join(sorted(profile.computes | profile.weight_only)),
             label="static",
             weights=", ".join(profile.weights),
-            kernel=f"{profile.name}: {', '.join(profile.activations)}",
-            note=f"{profile.summary}; {', '.join(source.url for source in profile.sources)}",
+            kernel=f"{profile.name}: {', '.join(profile.activations) or 'float'} activations",
+            note="; ".join(
+                part
+                for part in (profile.summary, profile.note, *(s.url for s in profile.sources))
+                if part
+            ),
         )
         for profile in PROFILES.values()
     )
@@ -71,7 +75,7 @@ class OnnxEdge(Target):
         return False
 
     @property
-    def unmeasured(self) -> str | None:
+    def caveat(self) -> str | None:
         return "an edge device is not here to be timed on, so speed was not measured"
 
     def runtime(

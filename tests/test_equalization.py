@@ -87,7 +87,7 @@ def test_a_second_plan_finds_nothing_left(tmp_path: Path) -> None:
     Equalize(planned(model, tmp_path))(model)
     again = planned(model, tmp_path)
     assert not again.pairs
-    assert list(again.refused.values())[-1] == "no scale would lessen the predicted error"
+    assert list(again.refused.values())[-1] == "no scale would bring the predicted error below 70%"
 
 
 @pytest.mark.parametrize("reach", [0.5, 3.0])
@@ -165,18 +165,19 @@ def test_statistics_merge_and_scale(tmp_path: Path) -> None:
     )
     t = run_model(exposed(model), {"x": X})["t"].transpose(1, 0, 2, 3).reshape(8, -1)
     of_t = ChannelStats(
-        t.shape[1], t.min(1), t.max(1), t.sum(1, np.float64), np.square(t, dtype=np.float64).sum(1)
-    )
+        t.shape[1], t.min(1), t.max(1), t.sum(1, np.float64), np.square(t, dtype=np.float64).sum(1),
+        (t != 0).sum(1),
+    )  # fmt: skip
     for found in (one.merge(two), two.merge(one), whole):
         same(found, of_t)
     same(whole.scaled(SPREAD), ChannelStats(
         of_t.count, of_t.minimum / SPREAD, of_t.maximum / SPREAD, of_t.total / SPREAD,
-        of_t.squares / SPREAD**2,
+        of_t.squares / SPREAD**2, of_t.nonzero,
     ))  # fmt: skip
 
 
 def same(found: ChannelStats, wanted: ChannelStats) -> None:
     assert found.count == wanted.count
-    for field in ("minimum", "maximum", "total", "squares"):
+    for field in ("minimum", "maximum", "total", "squares", "nonzero"):
         one, two = getattr(found, field), getattr(wanted, field)
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-3)

@@ -175,7 +175,9 @@ def test_from_the_command_line(
     run_cli: RunCli, tiny_onnx: Path, tiny_opt: Path, tmp_path: Path
 ) -> None:
     words = ["--calibration", tiny_opt / "calibration.txt", "--samples", "4", "--seq-len", "32"]
-    words += ["--objective", "scheme", "-o", tmp_path / "out"]
+    recipe = tmp_path / "few.yaml"
+    recipe.write_text("".join(f"{glob!r}: {rule}\n" for glob, rule in FEW.items()), "utf-8")
+    words += ["--objective", "scheme", "--recipe", recipe, "-o", tmp_path / "out"]
     outcome = run_cli(
         tiny_onnx, "--compare", "llm-int8,w4a16:spqr", "--outlier-share", "0.1", *words, "--json"
     )

@@ -28,6 +28,7 @@ class ChannelStats:
         minimum, maximum: the extremes.
         total: the sum of them.
         squares: the sum of their squares.
+        nonzero: how many are not zero.
     """
 
     count: int
@@ -35,6 +36,7 @@ class ChannelStats:
     maximum: Array
     total: Array
     squares: Array
+    nonzero: Array
 
     def merge(self, other: ChannelStats) -> ChannelStats:
         """Statistics of both data sets together."""
@@ -44,6 +46,7 @@ class ChannelStats:
             maximum=np.maximum(self.maximum, other.maximum),
             total=self.total + other.total,
             squares=self.squares + other.squares,
+            nonzero=self.nonzero + other.nonzero,
         )
 
     def scaled(self, scale: Array) -> ChannelStats:
@@ -54,6 +57,7 @@ class ChannelStats:
             self.maximum / scale,
             self.total / scale,
             self.squares / np.square(scale),
+            self.nonzero,
         )
 
     @property

@@ -14,6 +14,8 @@ from qcompile.weights import quantize_weight
 
 Array = npt.NDArray[Any]
 
+_PARTS: Final = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+
 _BIAS_ROOM: Final = 2.0**30
 """A bias takes no more than this of its 32 bits: the products are added to it."""
 
@@ -45,10 +47,27 @@ def quantize_constant(
     scale = np.where(largest > 0, scale, 1.0)
     if power_of_two:
         scale = 2.0 ** np.ceil(np.log2(scale))
+    elif code == "int4":
+        scale = _least_error(weight, scale, axis, others)
     scale = scale.astype(np.float32)
     codes = np.rint(weight / _along(scale, weight.ndim, axis)) + middle
     codes = np.clip(codes, least, most).astype(np.int32)
     return _constant(operand, codes, code, scale, np.full(scale.shape, middle), axis)
+
+
+def _least_error(
+    weight: Array, scale: Array, axis: int | None, others: tuple[int, ...] | None
+) -> Array:
+    """Of few codes the largest weights take too many: the part of `scale` that errs least."""
+    least, most = LIMITS["int4"]
+    best, error = scale, np.full(scale.shape, np.inf)
+    for part in _PARTS:
+        step = _along(scale * part, weight.ndim, axis)
+        rounded = np.clip(np.rint(weight / step), least, most) * step
+        found = np.square(weight - rounded).sum(axis=others)
+        best = np.where(found < error, scale * part, best)
+        error = np.minimum(found, error)
+    return best
 
 
 def quantize_bias(

@@ -17,6 +17,7 @@ from qcompile.edge.planning import plan_edge, require_any
 from qcompile.edge.profiles import Profile, get_profile
 from qcompile.edge.reporting import make_edge_report, measure_units
 from qcompile.edge.settings import choose_settings
+from qcompile.edge.sizing import choose_narrow
 from qcompile.edge.smoothing import smooth_linears
 from qcompile.edge.static_shapes import bind_shapes, check_input_shapes, fold_shapes
 from qcompile.edge.units import find_units, keep_float, name_units
@@ -97,6 +98,9 @@ def compile_edge(
         with phases.phase("quantize"):
             plan = plan_edge(units, seen, profile, settings, kept)
             require_any(plan)
+            narrow = choose_narrow(graph, plan, units, seen, profile, config)
+            if narrow:
+                plan = plan_edge(units, seen, profile, settings, kept, narrow)
         if config.bias_correction is not False:
             with phases.phase("correct") as step:
                 correction = correction_of(graph, plan, data.calibration, work, progress=step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import networkx as nx
@@ -37,6 +37,7 @@ def plan_edge(
     profile: Profile,
     settings: Settings,
     kept: Mapping[str, str] | None = None,
+    narrow: Collection[str] = (),
 ) -> EdgePlan:
     """Decide for every unit and tensor.
 
@@ -46,6 +47,7 @@ def plan_edge(
         profile: its constraints.
         settings: what a user may choose.
         kept: name of a unit -> why it stays in float all the same.
+        narrow: names of the units whose weights get int4 codes.
 
     An op has codes where the profile has it, its tensors can be told apart in so many bits, and,
     for ops that only move values, where what they read or what they feed has codes anyway.
@@ -71,7 +73,7 @@ def plan_edge(
         refused |= blurred
     constants: list[ConstantQuant] = []
     for unit in chosen:
-        constants += _plan_operands(unit, tensors, profile, settings)
+        constants += _plan_operands(unit, tensors, profile, settings, unit.name in narrow)
     return EdgePlan(
         tensors=tuple(tensors.values()),
         constants=tuple(constants),
@@ -95,7 +97,7 @@ def _weights_alone(
         weight = next((operand for operand in unit.operands if operand.role == "weight"), None)
         chosen = unit.first not in refused and weight is not None
         if chosen and weight is not None:
-            constants.append(_plan_weight(unit, weight, profile, settings))
+            constants.append(_plan_weight(unit, weight, profile, settings, False))
         reason = (
             f"profile {profile.name}; activations stay in float"
             if chosen
@@ -250,12 +252,13 @@ def _blurred(chosen: Iterable[Unit], tensors: Mapping[ir.Value, TensorQuant]) ->
 
 
 def _plan_weight(
-    unit: Unit, operand: Operand, profile: Profile, settings: Settings
+    unit: Unit, operand: Operand, profile: Profile, settings: Settings, narrow: bool
 ) -> ConstantQuant:
     allowed = settings.per_channel and unit.op in profile.per_channel
     axis = axis_of(operand) if allowed else None
     # Scales per channel are documented for int8.
     code: Code = settings.weight if axis is None else "int8"
+    code = "int4" if narrow else code
     weight = _array(operand)
     return quantize_constant(operand, weight, code, axis, power_of_two=profile.power_of_two)
 
@@ -268,7 +271,11 @@ def _array(operand: Operand) -> Array:
 
 
 def _plan_operands(
-    unit: Unit, tensors: Mapping[ir.Value, TensorQuant], profile: Profile, settings: Settings
+    unit: Unit,
+    tensors: Mapping[ir.Value, TensorQuant],
+    profile: Profile,
+    settings: Settings,
+    narrow: bool,
 ) -> list[ConstantQuant]:
     """Weight first: a bias has the product of its scale and the input's."""
     planned: list[ConstantQuant] = []
@@ -276,7 +283,7 @@ def _plan_operands(
     for operand in sorted(unit.operands, key=lambda operand: operand.role != "weight"):
         array = _array(operand)
         if operand.role == "weight":
-            weight = _plan_weight(unit, operand, profile, settings)
+            weight = _plan_weight(unit, operand, profile, settings, narrow)
             planned.append(weight)
         elif operand.role == "bias" and weight is not None:
             scale = tensors[unit.inputs[0]].scale

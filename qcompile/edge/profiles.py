@@ -10,7 +10,7 @@ from qcompile.errors import ConfigError
 
 _WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _MOVES: Final = frozenset(
-    {"Concat", "DepthToSpace", "Flatten", "Gather", "MaxPool", "Reshape", "Resize", "Slice"}
+    {"Concat", "DepthToSpace", "Flatten", "Gather", "MaxPool", "Pad", "Reshape", "Resize", "Slice"}
     | {"SpaceToDepth", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 )
 
@@ -121,7 +121,7 @@ PROFILES: Final = {
             | {
                 *("Add", "AveragePool", "Clip", "Div", "Elu", "Gelu", "GlobalAveragePool"),
                 *("HardSwish", "LeakyRelu", "LayerNormalization", "Mul", "Relu", "Sigmoid"),
-                *("Softmax", "Sub", "Tanh"),
+                *("ReduceMean", "Softmax", "Sub", "Tanh"),
             },
             moves=_MOVES | {"Tile"},
             per_channel=frozenset({"Conv", "ConvTranspose"}),

@@ -47,8 +47,8 @@ def make_edge_report(
     """
     weights = {c.node: c for c in plan.constants if c.role == "weight"}
     warnings = list(data.warnings)
-    if target.unmeasured is not None:
-        warnings.append(target.unmeasured)
+    if target.caveat is not None:
+        warnings.append(target.caveat)
     return Report(
         model=model.name,
         task=model.task,
@@ -133,7 +133,7 @@ def _op_row(unit: UnitPlan, weight: ConstantQuant, sqnr: Mapping[str, float]) ->
     return OpRow(
         name=unit.name,
         precision="int8",
-        reason=f"{unit.reason}; {scales} {'scales' if scales > 1 else 'scale'}",
+        reason=f"{unit.reason}; {weight.code}, {scales} {'scales' if scales > 1 else 'scale'}",
         shape=(weight.codes.size // max(width, 1), width),
         label="static",
         bytes=weight.nbytes,

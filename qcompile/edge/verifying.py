@@ -89,7 +89,7 @@ def graph_problems(path: Path, profile: Profile, settings: Settings, opset: int)
     if model.functions:
         problems.append("the graph has functions")
     codes = {
-        *(np.dtype(DTYPES[code]) for code in (settings.activation, settings.weight)),
+        *(np.dtype(DTYPES[code]) for code in (settings.activation, *profile.weights)),
         np.dtype(np.int32),
         *([np.dtype(np.int8)] if profile.per_channel else ()),
     }

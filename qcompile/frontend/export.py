@@ -36,6 +36,7 @@ def export_module(
         dynamic_shapes: as torch.export takes them, per input name.
         output_names: names of the flattened outputs, in order.
         opset: ONNX opset to translate to.
+
     Raises:
         ModelError: torch.export or the translation to ONNX refuses the module.
     """

@@ -11,13 +11,12 @@ import onnx_ir as ir
 
 from tests.support import Feed, from_text
 
-RNG = np.random.default_rng(0)
-
 
 def weights(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Normal float32 constants, scaled by their fan-in."""
+    """Normal float32 constants, scaled by their fan-in; the same for the same names."""
+    rng = np.random.default_rng(0)
     return {
-        name: (RNG.standard_normal(shape) / math.sqrt(math.prod(shape[1:]))).astype(np.float32)
+        name: (rng.standard_normal(shape) / math.sqrt(math.prod(shape[1:]))).astype(np.float32)
         for name, shape in shapes.items()
     }
 
@@ -83,10 +82,11 @@ def saved(model: ir.Model, path: Path) -> Path:
 
 def images(count: int = 24) -> list[Feed]:
     """Feeds of `convolutional`."""
-    shape = (1, 3, 8, 8)
-    return [{"x": RNG.standard_normal(shape).astype(np.float32)} for _ in range(count)]
+    shape, rng = (1, 3, 8, 8), np.random.default_rng(1)
+    return [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(count)]
 
 
 def sentences(count: int = 24, length: int = 8) -> list[Feed]:
     """Feeds of `transformer`."""
-    return [{"ids": RNG.integers(0, 32, (1, length))} for _ in range(count)]
+    rng = np.random.default_rng(2)
+    return [{"ids": rng.integers(0, 32, (1, length))} for _ in range(count)]
