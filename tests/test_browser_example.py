@@ -30,14 +30,15 @@ _TEXTS: Final = (
     "A man is playing a guitar.",
     "Someone plays an instrument.",
     "Die Straßenbahn — it's 3,5 km long… naïve café 東京",
-    "word " * 700,
 )
+_LONG: Final = "“Straße” of 3,5 km…\tnaïve\u00a0café " * 60
 _EMBED: Final = """
 const [text, done] = arguments;
 import("/embedder.js")
   .then(async ({ Embedder }) => {
     window.kept ??= await Embedder.load("model");
-    return Array.from(await window.kept.embed(text));
+    const vector = await window.kept.embed(text);
+    return [window.kept.tokens(text), Array.from(vector)];
   })
   .then(done, (error) => done(String(error)));
 """
@@ -80,10 +81,15 @@ def artifact(tiny_opt: Path, tmp_path_factory: pytest.TempPathFactory) -> qcompi
     )
 
 
-def here(artifact: qcompile.Artifact, text: str) -> np.ndarray:
-    """The embedding by ONNX Runtime and Transformers' tokenizer, of length 1."""
+def tokens(text: str) -> dict[str, np.ndarray]:
+    """By Transformers' tokenizer, one row of each."""
     tokenizer = AutoTokenizer.from_pretrained(_MODEL)
-    encoded = tokenizer([text], truncation=True, max_length=512, return_tensors="np")
+    return dict(tokenizer([text], truncation=True, max_length=512, return_tensors="np"))
+
+
+def here(artifact: qcompile.Artifact, text: str) -> np.ndarray:
+    """The embedding by ONNX Runtime, of length 1."""
+    encoded = tokens(text)
     session = artifact.session()
     feed = {i.name: encoded[i.name].astype(np.int64) for i in session.get_inputs()}
     mean = np.asarray(session.run(None, feed)[0])[0].mean(axis=0)
@@ -109,7 +115,11 @@ def test_the_page(browser: webdriver.Chrome, artifact: qcompile.Artifact, tmp_pa
         for text, wanted in zip(_TEXTS, expected, strict=True):
             found = browser.execute_async_script(_EMBED, text)
             assert isinstance(found, list), found
-            assert np.array(found) @ wanted > 0.999, text
+            assert found[0] == tokens(text)["input_ids"][0].tolist()
+            assert np.array(found[1]) @ wanted > 0.999, text
+        found = browser.execute_async_script(_EMBED, _LONG)
+        assert found[0] == tokens(_LONG)["input_ids"][0].tolist()
+        assert len(found[0]) == 512
 
         field = browser.find_element(By.ID, "other")
         field.clear()

@@ -37,7 +37,7 @@ export class Embedder {
    * @returns {Promise<Float32Array>} of length 1
    */
   async embed(text) {
-    const ids = this.#tokens(text);
+    const ids = this.tokens(text);
     const length = this.fixed ?? ids.length;
     const inputs = {
       input_ids: ids,
@@ -56,7 +56,7 @@ export class Embedder {
   }
 
   /** Token ids; of a text that is too long the beginning, and the token that ends it. */
-  #tokens(text) {
+  tokens(text) {
     const { ids } = this.tokenizer.encode(text);
     return ids.length > this.longest ? [...ids.slice(0, this.longest - 1), ids.at(-1)] : ids;
   }
