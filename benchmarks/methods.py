@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 import qcompile
 from benchmarks.common import accuracy, publish, session, windows
 
-SCHEMES = ("rtn", "mse", "hqq", "awq", "gptq", "awq+gptq")
+SCHEMES = ("rtn", "mse", "hqq", "awq", "gptq", "awq+gptq", "adaround")
 SETTINGS = [
     *((f"w4a16:{method}", False) for method in SCHEMES),
     *((f"w4a16:{method}", True) for method in SCHEMES if method != "hqq"),

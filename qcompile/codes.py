@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.adaround import quantize_adaround
 from qcompile.calibration.stats import Stats
 from qcompile.clipping import clipped_range
 from qcompile.config import CompileConfig
@@ -75,7 +76,8 @@ def find_codes(
     def round_(linear: Linear, gram: Array) -> QuantizedWeight:
         rounding = roundings[linear.name]
         assert rounding is not None
-        return quantize_gptq(
+        quantize = quantize_adaround if rounding.method == "adaround" else quantize_gptq
+        return quantize(
             weight_of(linear),
             gram,
             bits=rounding.bits,

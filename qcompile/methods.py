@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Final, Literal, TypeAlias, get_args
 
-Method: TypeAlias = Literal["rtn", "mse", "hqq", "awq", "gptq", "awq+gptq"]
+Method: TypeAlias = Literal["rtn", "mse", "hqq", "awq", "gptq", "awq+gptq", "adaround"]
 
 METHODS: Final[tuple[Method, ...]] = get_args(Method)
 
@@ -16,15 +16,16 @@ SUMMARIES: Final[dict[Method, str]] = {
     "awq": "input channels scaled by what calibration saw, ranges searched (arXiv 2306.00978)",
     "gptq": "errors made up for by the weights rounded later, layer after layer (arXiv 2210.17323)",
     "awq+gptq": "both: AWQ's scales, then GPTQ's rounding",
+    "adaround": "up or down learned for the outputs, from GPTQ's grid (arXiv 2004.10568)",
 }
 
 FOLDED: Final[tuple[Method, ...]] = ("awq", "awq+gptq")
 """Methods that scale a weight's input channels, as smoothing does."""
 
-SEQUENTIAL: Final[tuple[Method, ...]] = ("gptq", "awq+gptq")
+SEQUENTIAL: Final[tuple[Method, ...]] = ("gptq", "awq+gptq", "adaround")
 """Methods that see what the layers before, already rounded, hand on."""
 
-CALIBRATED: Final[tuple[Method, ...]] = ("awq", "gptq", "awq+gptq")
+CALIBRATED: Final[tuple[Method, ...]] = ("awq", "gptq", "awq+gptq", "adaround")
 """Methods that look at calibration data."""
 
 BLOCK_SIZES: Final = (32, 64, 128)
