@@ -22,7 +22,7 @@ import torch
 from qcompile.descent import best_of, damped, output_errors, refine
 from qcompile.gptq import quantize_gptq, side_by_side
 from qcompile.precision import QuantizedWeight
-from qcompile.weight_blocks import Grid, full_range, in_blocks
+from qcompile.weight_blocks import Grid, as_grid, full_range, in_blocks
 
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
@@ -69,7 +69,7 @@ def quantize_adaround(
         part = slice(start, start + _COLUMNS)
         wanted = in_blocks(weight[:, part], block_size)
         flat = wanted.reshape(-1, wanted.shape[-1])
-        grid, codes = _as_grid(started, part)
+        grid, codes = as_grid(started, part)
         grid, codes = refine(flat, grid, codes, gram_, rounds=3)
         learned = learn_rounding(flat, grid, codes, gram_)
         other, learned = refine(flat, grid, learned, gram_, rounds=3)
@@ -128,16 +128,3 @@ def learn_rounding(weight: Array, grid: Grid, codes: Array, gram: Array) -> Arra
 
 def _tensor(values: Array, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, np.float32).reshape(shape))
-
-
-def _as_grid(found: QuantizedWeight, part: slice) -> tuple[Grid, Array]:
-    """Of some columns, with codes in blocks; a short last block is filled with the code of zero."""
-    assert found.block_size is not None
-    scale = np.ascontiguousarray(found.scale[:, part])
-    zero = np.zeros_like(scale)
-    if found.zero_point is not None:
-        zero = found.zero_point[:, part].astype(np.float32)
-    grid = Grid(scale, zero, found.block_size, found.bits, found.zero_point is None)
-    codes = np.repeat(zero, found.block_size, axis=0)
-    codes[: len(found.codes)] = found.codes[:, part]
-    return grid, codes.reshape(len(scale), found.block_size, -1)

@@ -13,6 +13,7 @@ from qcompile.adaround import quantize_adaround
 from qcompile.calibration.stats import Stats
 from qcompile.clipping import clipped_range
 from qcompile.config import CompileConfig
+from qcompile.distill import distill
 from qcompile.gptq import importance_in_blocks, quantize_gptq
 from qcompile.hqq import quantize_hqq
 from qcompile.linears import Linear, find_sites
@@ -69,6 +70,9 @@ def find_codes(
             if progress:
                 progress(done + 1, len(sites))
         release(model)
+    distilled = {n: r for n, r in roundings.items() if r is not None and r.method == "lkd"}
+    if distilled:
+        found |= distill(model, distilled, batches, work, progress)
     in_turn = frozenset(n for n, r in roundings.items() if r and r.method in SEQUENTIAL)
     if not in_turn:
         return found

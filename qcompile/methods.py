@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Final, Literal, TypeAlias, get_args
 
-Method: TypeAlias = Literal["rtn", "mse", "hqq", "awq", "gptq", "awq+gptq", "adaround"]
+Method: TypeAlias = Literal["rtn", "mse", "hqq", "awq", "gptq", "awq+gptq", "adaround", "lkd"]
 
 METHODS: Final[tuple[Method, ...]] = get_args(Method)
 
@@ -17,6 +17,7 @@ SUMMARIES: Final[dict[Method, str]] = {
     "gptq": "errors made up for by the weights rounded later, layer after layer (arXiv 2210.17323)",
     "awq+gptq": "both: AWQ's scales, then GPTQ's rounding",
     "adaround": "up or down learned for the outputs, from GPTQ's grid (arXiv 2004.10568)",
+    "lkd": "layers distilled one by one: weights and scales learned (ZeroQuant, arXiv 2206.01861)",
 }
 
 FOLDED: Final[tuple[Method, ...]] = ("awq", "awq+gptq")
@@ -25,7 +26,7 @@ FOLDED: Final[tuple[Method, ...]] = ("awq", "awq+gptq")
 SEQUENTIAL: Final[tuple[Method, ...]] = ("gptq", "awq+gptq", "adaround")
 """Methods that see what the layers before, already rounded, hand on."""
 
-CALIBRATED: Final[tuple[Method, ...]] = ("awq", "gptq", "awq+gptq", "adaround")
+CALIBRATED: Final[tuple[Method, ...]] = ("awq", "gptq", "awq+gptq", "adaround", "lkd")
 """Methods that look at calibration data."""
 
 BLOCK_SIZES: Final = (32, 64, 128)
