@@ -70,9 +70,6 @@ def find_codes(
             if progress:
                 progress(done + 1, len(sites))
         release(model)
-    distilled = {n: r for n, r in roundings.items() if r is not None and r.method == "lkd"}
-    if distilled:
-        found |= distill(model, distilled, batches, work, progress)
     in_turn = frozenset(n for n, r in roundings.items() if r and r.method in SEQUENTIAL)
     if not in_turn:
         return found
@@ -80,7 +77,8 @@ def find_codes(
     def round_(linear: Linear, gram: Array) -> QuantizedWeight:
         rounding = roundings[linear.name]
         assert rounding is not None
-        quantize = quantize_adaround if rounding.method == "adaround" else quantize_gptq
+        learned = rounding.method == "adaround"
+        quantize = quantize_adaround if learned else quantize_gptq
         return quantize(
             weight_of(linear),
             gram,
@@ -89,7 +87,11 @@ def find_codes(
             symmetric=rounding.symmetric,
         )
 
-    return found | round_in_sequence(model, in_turn, batches, work, round_, progress)
+    found |= round_in_sequence(model, in_turn, batches, work, round_, progress)
+    started = {n: found[n] for n, r in roundings.items() if r is not None and r.method == "lkd"}
+    if started:
+        found |= distill(model, started, batches, work, progress)
+    return found
 
 
 def _alone(weight: Array, rounding: Rounding, moment: Array | None) -> QuantizedWeight:

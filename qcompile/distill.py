@@ -3,7 +3,8 @@
 Layer after layer, the weights and scales of a layer's Linears are learned, so that the layer with
 rounded weights hands on what the float one does, given what the rounded layers before it make.
 Nothing but one layer is ever differentiated, and its float form is the teacher. Rounding has the
-gradient of the identity (a straight-through estimator), and starts at GPTQ's codes.
+gradient of the identity (a straight-through estimator). What was learned is taken where it is
+better on batches that it was not learned from.
 """
 
 from __future__ import annotations
@@ -18,15 +19,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from qcompile.adaround import quantize_adaround
 from qcompile.errors import ModelError
-from qcompile.gptq import quantize_gptq
 from qcompile.linears import Linear, Site, find_sites
 from qcompile.passes.constants import constant
 from qcompile.planning import weight_of
 from qcompile.precision import QuantizedWeight
-from qcompile.rounding import Rounding
-from qcompile.sequence import Part, advance, gram_of, parts_before
+from qcompile.sequence import Part, advance, parts_before
 from qcompile.spill import release
 from qcompile.straight_through import LearnedWeight
 from qcompile.torch_graph import (
@@ -44,7 +42,10 @@ Array: TypeAlias = npt.NDArray[Any]
 EPOCHS: Final = 3
 """Times that a layer sees every calibration batch."""
 
-RATE: Final = 0.02
+ASIDE: Final = 4
+"""One in so many batches is not learned from, and says whether learning was worth it."""
+
+RATE: Final = 5e-4
 """Adam's, of weights in units of a code; it falls to zero linearly."""
 
 SCALE_RATE: Final = 1e-3
@@ -82,18 +83,19 @@ def find_layers(graph: ir.Graph) -> list[Layer]:
 
 def distill(
     model: ir.Model,
-    roundings: Mapping[str, Rounding],
+    started: Mapping[str, QuantizedWeight],
     batches: Sequence[Batch],
     work: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, QuantizedWeight]:
-    """Codes of the Linears that `roundings` names.
+    """Better codes and scales of the Linears that `started` names.
 
-    A layer of one Linear is a problem of its outputs alone, and solved as AdaRound.
+    A layer of one Linear, an output head, keeps what it has: there is nothing between its weights
+    and its outputs that was not known when they were rounded.
 
     Args:
         model: a float graph; it is cloned, not changed.
-        roundings: bits and blocks of each.
+        started: weights in blocks.
         batches: feeds of the graph.
         work: the folder that holds the graph's external weights.
         progress: called with (layers done, layers in all).
@@ -113,27 +115,23 @@ def distill(
     advance(model, first, alive, work)
     found: dict[str, QuantizedWeight] = {}
     for done, (layer, part) in enumerate(zip(layers, parts, strict=True)):
-        wanted = [linear for linear in layer.linears if linear.name in roundings]
-        if len(wanted) == 1 == len(layer.linears):
-            linear = wanted[0]
-            gram = gram_of(alive, layer.sites[0])
-            found[linear.name] = quantize_adaround(
-                weight_of(linear), gram, **_shape(roundings[linear.name])
-            )
-        elif wanted:
-            stop = ends[done]
-            inside = set(nodes[starts[done] : stop])
+        own = {x.name: started[x.name] for x in layer.linears if x.name in started}
+        if len(layer.linears) > 1 and own:
+            inside = set(nodes[starts[done] : ends[done]])
             try:
-                found |= _distilled(model, layer, inside, part, roundings, alive, work)
+                own = _distilled(model, layer, inside, part, own, alive, work)
             except UnsupportedOpError as error:
                 raise ModelError(
-                    f"{layer.name} cannot be distilled: {error} is not known there",
-                    hint="adaround, which looks at one Linear at a time",
+                    f"{layer.name} cannot be distilled: {error} has no gradient here",
+                    hint="adaround looks at one Linear at a time, and wants none",
                 ) from error
-        for linear in wanted:
-            own = constant(model.graph, f"{linear.name}.rounded", found[linear.name].dequantized())
-            linear.matmul.replace_input_with(1, own)
-        if set(roundings) <= set(found):
+        found |= own
+        for linear in layer.linears:
+            if linear.name in own:
+                weight = own[linear.name].dequantized()
+                rounded = constant(model.graph, f"{linear.name}.rounded", weight)
+                linear.matmul.replace_input_with(1, rounded)
+        if len(found) == len(started):
             break
         advance(model, part, alive, work)
         release(model)
@@ -142,25 +140,17 @@ def distill(
     return found
 
 
-def _shape(rounding: Rounding) -> dict[str, Any]:
-    return {
-        "bits": rounding.bits,
-        "block_size": rounding.block_size,
-        "symmetric": rounding.symmetric,
-    }
-
-
 def _distilled(
     model: ir.Model,
     layer: Layer,
     inside: set[ir.Node],
     part: Part,
-    roundings: Mapping[str, Rounding],
+    started: Mapping[str, QuantizedWeight],
     alive: list[Batch],
     work: Path,
 ) -> dict[str, QuantizedWeight]:
     """Codes of one layer, whose inputs are `alive`."""
-    linears = {x.matmul: x for x in layer.linears if x.name in roundings}
+    linears = {x.matmul: x for x in layer.linears if x.name in started}
     transposes = {
         node
         for linear in layer.linears
@@ -176,31 +166,25 @@ def _distilled(
     reached = {str(v.name): v for node in nodes for v in node.outputs}
     outputs = [reached[name] for name in made if name in reached]
     constants: dict[ir.Value, Tensor] = {}
-    grams: dict[ir.Node, Array] = {}
 
     def given(batch: Batch) -> dict[ir.Value, Array]:
         return {v: batch[str(v.name)] for v in leaves}
 
-    def watched(node: ir.Node, inputs: list[Any]) -> Tensor:
-        x, weight = inputs
-        if node in linears:
-            rows = x.reshape(-1, x.shape[-1]).numpy()
-            grams[node] = grams.get(node, 0.0) + rows.T @ rows
-        made: Tensor = x @ weight
-        return made
-
     with torch.no_grad():
         targets = []
         for batch in alive:
-            values = evaluate(nodes, given(batch), constants, watched)
+            values = evaluate(nodes, given(batch), constants)
             targets.append([values[v].clone() for v in outputs])
-    learned = {}
-    for node, linear in linears.items():
-        rounding = roundings[linear.name]
-        started = quantize_gptq(weight_of(linear), grams.pop(node), **_shape(rounding))
-        learned[node] = LearnedWeight(weight_of(linear), started)
-    shares = [1.0 / max(sum(float(t[at].square().sum()) for t in targets), 1e-30)
-              for at in range(len(outputs))]  # fmt: skip
+    learned = {
+        node: LearnedWeight(weight_of(linear), started[linear.name])
+        for node, linear in linears.items()
+    }
+    shares = [
+        1.0 / max(sum(float(target[at].square().sum()) for target in targets), 1e-30)
+        for at in range(len(outputs))
+    ]
+    apart = max(len(alive) // ASIDE, 1)
+    seen = max(len(alive) - apart, 1)
 
     def loss(at: int) -> Tensor:
         weights = {node: weight.soft() for node, weight in learned.items()}
@@ -213,17 +197,15 @@ def _distilled(
         missed = [(values[v] - t).square().sum() for v, t in zip(outputs, targets[at], strict=True)]
         return torch.stack([m * share for m, share in zip(missed, shares, strict=True)]).sum()
 
-    def whole() -> float:
+    def aside() -> float:
         with torch.no_grad():
-            return sum(float(loss(at)) for at in range(len(alive)))
+            return sum(float(loss(at)) for at in range(len(alive) - apart, len(alive)))
 
-    before = whole()
-    _learn(list(learned.values()), loss, len(alive))
-    better = whole() < before
-    return {
-        linears[node].name: weight.quantized() if better else weight.started
-        for node, weight in learned.items()
-    }
+    before = aside()
+    _learn(list(learned.values()), loss, seen)
+    if aside() >= before:
+        return dict(started)
+    return {linears[node].name: weight.quantized() for node, weight in learned.items()}
 
 
 def _learn(weights: Sequence[LearnedWeight], loss: Callable[[int], Tensor], batches: int) -> None:

@@ -23,7 +23,7 @@ SUMMARIES: Final[dict[Method, str]] = {
 FOLDED: Final[tuple[Method, ...]] = ("awq", "awq+gptq")
 """Methods that scale a weight's input channels, as smoothing does."""
 
-SEQUENTIAL: Final[tuple[Method, ...]] = ("gptq", "awq+gptq", "adaround")
+SEQUENTIAL: Final[tuple[Method, ...]] = ("gptq", "awq+gptq", "adaround", "lkd")
 """Methods that see what the layers before, already rounded, hand on."""
 
 CALIBRATED: Final[tuple[Method, ...]] = ("awq", "gptq", "awq+gptq", "adaround", "lkd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Final
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from qcompile.precision import QuantizedWeight
-from qcompile.weight_blocks import Grid, as_grid, in_blocks
+from qcompile.weight_blocks import as_grid, in_blocks
 
 Array = npt.NDArray[Any]
 Tensor = torch.Tensor
@@ -22,14 +23,12 @@ class LearnedWeight:
     """A weight [K, N] whose codes and scales have gradients.
 
     Attributes:
-        started: the codes to start with.
         codes: float32 [blocks, block_size, N], before they are rounded: as near to the exact weight
-            as rounds to the codes of `started`.
+            as rounds to the codes that were given.
         growth: float32 [blocks, 1, N], the logarithm of what scales are multiplied by.
     """
 
     def __init__(self, weight: Array, started: QuantizedWeight) -> None:
-        self.started = started
         self.depth = len(weight)
         self._grid, codes = as_grid(started)
         exact = in_blocks(weight, self._grid.block_size) / self._grid.scale[:, None]
@@ -43,7 +42,7 @@ class LearnedWeight:
     def soft(self) -> Tensor:
         """What the rounded weight is, [K, N], with the gradient of one that is not rounded."""
         inside = self.codes.clamp(self._grid.lowest, self._grid.highest)
-        codes = inside + (inside.detach().round() - inside.detach())
+        codes = inside + (inside.round() - inside).detach()
         values = (codes - self._zero) * self._scale * self.growth.exp()
         return values.reshape(-1, values.shape[-1])[: self.depth]
 
@@ -51,8 +50,5 @@ class LearnedWeight:
         """The codes and scales as they are now."""
         inside = self.codes.detach().clamp(self._grid.lowest, self._grid.highest)
         scale = (self._scale * self.growth.detach().exp())[:, 0].numpy()
-        grid = Grid(
-            scale, self._grid.zero_point, self._grid.block_size, self._grid.bits,
-            self._grid.symmetric,
-        )  # fmt: skip
+        grid = dataclasses.replace(self._grid, scale=scale)
         return grid.weight(inside.round().numpy(), self.depth)

@@ -112,6 +112,8 @@ def test_a_kernel_that_leaves_activations_alone_does_no_damage_by_them() -> None
         ("w4a8:gptq", "weight4", KERNEL),
         ("w8a16:awq+gptq", "weight8", KERNEL),
         ("w4a16:adaround", "weight4", KERNEL),
+        ("zeroquant", "weight8", KERNEL),
+        ("zeroquant4", "weight4", KERNEL),
         ("nf4", "nf4", BNB4),
         ("fp4", "fp4", BNB4),
     ],
