@@ -12,7 +12,9 @@ around a weight; and a column keeps what GPTQ and descent alone lead to where th
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -42,6 +44,8 @@ STRETCH: Final = (-0.1, 1.1)
 """What the sigmoid's range is stretched to before it is cut to [0, 1], as in the paper."""
 
 _COLUMNS: Final = 1024
+_ALONE: Final = 1 << 20
+"""Weights up to which one thread is taken: several wait for each other, long on a busy machine."""
 
 
 def quantize_adaround(
@@ -71,7 +75,8 @@ def quantize_adaround(
         flat = wanted.reshape(-1, wanted.shape[-1])
         grid, codes = as_grid(started, part)
         grid, codes = refine(flat, grid, codes, gram_, rounds=3)
-        learned = learn_rounding(flat, grid, codes, gram_)
+        with _threads_for(flat):
+            learned = learn_rounding(flat, grid, codes, gram_)
         other, learned = refine(flat, grid, learned, gram_, rounds=3)
         plain = full_range(wanted, bits=bits, symmetric=symmetric)
         tried = [(grid, codes), (other, learned), (plain, plain.nearest(wanted))]
@@ -124,6 +129,17 @@ def learn_rounding(weight: Array, grid: Grid, codes: Array, gram: Array) -> Arra
     found += grid.zero_point[:, None]
     result: Array = np.clip(found, grid.lowest, grid.highest).astype(np.float32)
     return result
+
+
+@contextlib.contextmanager
+def _threads_for(weight: Array) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if weight.size <= _ALONE:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _tensor(values: Array, shape: tuple[int, ...]) -> Tensor:

@@ -77,7 +77,8 @@ def find_codes(
     def round_(linear: Linear, gram: Array) -> QuantizedWeight:
         rounding = roundings[linear.name]
         assert rounding is not None
-        learned = rounding.method == "adaround"
+        # Eight bits leave learned rounding nothing to gain that distillation could start from.
+        learned = rounding.method == "adaround" or (rounding.method == "lkd" and rounding.bits < 8)
         quantize = quantize_adaround if learned else quantize_gptq
         return quantize(
             weight_of(linear),

@@ -39,7 +39,7 @@ from qcompile.traced import Batch
 
 Array: TypeAlias = npt.NDArray[Any]
 
-EPOCHS: Final = 3
+EPOCHS: Final = 2
 """Times that a layer sees every calibration batch."""
 
 ASIDE: Final = 4
