@@ -1,36 +1,48 @@
-"""Accuracy, size and speed of every method that rounds weights alone, of a language model.
+"""Accuracy, size and speed of every method that rounds weights alone, of language models.
 
-    python -m benchmarks.methods MODEL --calibration calib.txt --evaluation eval.txt
+    python -m benchmarks.methods MODEL… --calibration calib.txt --evaluation eval.txt \\
+        --json docs/methods/measured.json
+    python -m benchmarks.methods_table
 
 All Linears of the decoder are rounded, the output head stays in float. Calibrates on 64 × 256
-tokens of one file, measures on as much of the other, in plain sessions.
+tokens of one file, measures on as much of the other, in plain sessions. A model is traced and
+calibrated once. Rows of the same model and scheme in the JSON are replaced, the others stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-import qcompile
-from benchmarks.common import accuracy, publish, session, windows
+from benchmarks.common import Feed, accuracy, publish, session, windows
+from qcompile.checkpoints.scheme import choose_scheme
+from qcompile.config import CompileConfig
+from qcompile.errors import QcompileError
+from qcompile.methods import METHODS
+from qcompile.pipeline import Shared, checked, compile_shared
+from qcompile.progress import Phases
 
-SCHEMES = ("rtn", "mse", "hqq", "awq", "gptq", "awq+gptq", "adaround")
 SETTINGS = [
-    *((f"w4a16:{method}", False) for method in SCHEMES),
-    *((f"w4a16:{method}", True) for method in SCHEMES if method != "hqq"),
-    ("nf4", None),
-    ("fp4", None),
+    *((f"w4a16:{method}", False) for method in METHODS),
+    *((f"w4a16:{method}", True) for method in METHODS if method != "hqq"),
+    *((scheme, None) for scheme in ("nf4", "fp4", "llm-int8")),
 ]
 """Scheme, and whether blocks are symmetric."""
+
+KINDS = {None: "", True: "symmetric", False: "asymmetric"}
+Row = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, required=True)
     parser.add_argument("--target", default="ort-cpu")
@@ -41,52 +53,69 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     wanted = set(filter(None, arguments.only.split(",")))
+    settings = [
+        (scheme, symmetric)
+        for scheme, symmetric in SETTINGS
+        if (not wanted or scheme in wanted) and arguments.blocks in (None, KINDS[symmetric])
+    ]
+    for model in arguments.models:
+        rows = _measure(model, settings, arguments)
+        publish(f"{model.name}, {arguments.samples} × 256 tokens at most", rows, None)
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+
+def _measure(model: Path, settings: Sequence[tuple[str, Any]], arguments: Any) -> list[Row]:
+    """One row a scheme, each added to the JSON when it is known."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 1
-    feeds = list(
+    feeds: list[Feed] = list(
         windows(tokenizer, arguments.evaluation, bos, samples=arguments.samples, length=256)
     )
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        baseline = qcompile.compile(
-            str(arguments.model), target=arguments.target, scheme="fp32",
-            output=Path(scratch) / "fp32",
-        )  # fmt: skip
-        reference = session(baseline.path)
-        for symmetric in (False, True, None):
-            kind = {None: "", True: "symmetric", False: "asymmetric"}[symmetric]
-            schemes = [
-                scheme
-                for scheme, of in SETTINGS
-                if of is symmetric and (not wanted or scheme in wanted)
-            ]
-            if not schemes or arguments.blocks not in (None, kind):
-                continue
-            compared = qcompile.compare(
-                str(arguments.model),
-                schemes,
-                target=arguments.target,
-                calibration=arguments.calibration,
-                config=qcompile.CompileConfig(
-                    objective="scheme",
-                    recipe={"lm_head": "float"},  # type: ignore[arg-type]
-                    block_size=arguments.block_size,
-                    symmetric=symmetric,
-                    strict=False,
-                ),
-                output=Path(scratch) / "compared",
-                overwrite=True,
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        (scratch / "work").mkdir()
+        shared = Shared(str(model), arguments.calibration, scratch / "work", several=True)
+        _compile(shared, "fp32", CompileConfig(), arguments, scratch / "fp32")
+        reference = session(scratch / "fp32")
+        for scheme, symmetric in settings:
+            config = CompileConfig(
+                objective="scheme",
+                recipe={"lm_head": "float"},  # type: ignore[arg-type]
+                block_size=arguments.block_size,
+                symmetric=symmetric,
+                strict=False,
             )
-            for row in compared:
-                if row.folder is None:
-                    raise SystemExit(f"{row.scheme}: {row.error}")
-                found = accuracy(reference, session(Path(scratch) / "compared" / row.folder), feeds)
-                speed = {f"speed {shape}": ratio for shape, ratio in row.speed.items()}
-                own = {"scheme": row.scheme, "blocks": kind, "MB": row.bytes / 1e6}
-                rows.append({**own, **found, **speed, "seconds": row.seconds})
-                print(rows[-1], flush=True)
-    publish(f"{arguments.model.name}, {len(feeds)} × 256 tokens", rows, arguments.json)
+            try:
+                report = _compile(shared, scheme, config, arguments, scratch / "own")
+            except QcompileError as error:
+                raise SystemExit(f"{model.name}, {scheme}: {error}") from error
+            row: Row = {"scheme": scheme, "blocks": KINDS[symmetric], "MB": report.bytes / 1e6}
+            row |= accuracy(reference, session(scratch / "own"), feeds)
+            row |= {f"speed {speed.shape}": speed.ratio for speed in report.speed}
+            row["seconds"] = sum(report.seconds.values())
+            shutil.rmtree(scratch / "own")
+            rows.append(row)
+            print(model.name, row, flush=True)
+            if arguments.json is not None:
+                _record(arguments.json, model.name, row)
+    return rows
+
+
+def _compile(
+    shared: Shared, scheme: str, config: CompileConfig, arguments: Any, folder: Path
+) -> Any:
+    chosen = choose_scheme(shared.source, scheme)
+    target, config = checked(arguments.target, chosen, shared.calibration, config)
+    folder.mkdir()
+    return compile_shared(shared, target, arguments.target, chosen, config, folder, Phases())
+
+
+def _record(path: Path, model: str, row: Row) -> None:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    key = (row["scheme"], row["blocks"])
+    others = [other for other in found.get(model, []) if (other["scheme"], other["blocks"]) != key]
+    found[model] = [*others, row]
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

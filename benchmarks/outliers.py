@@ -3,7 +3,8 @@
     python -m benchmarks.outliers MODEL --calibration calib.txt --evaluation eval.txt
 
 Makes a copy of MODEL in which each norm's weight and bias are multiplied by 64 in six channels and
-the consuming weights divided (the same function), and compiles both, with and without smoothing.
+the consuming weights divided (the same function), and compiles both, with and without smoothing,
+with scales per token, and with the outliers in float (llm-int8).
 """
 
 from __future__ import annotations
@@ -42,22 +43,26 @@ def main() -> None:
         reference = qcompile.compile(
             str(arguments.model), scheme="fp32", target=arguments.target, output=scratch / "fp32"
         ).session()
-        for source, label, smooth in (
-            (arguments.model, "clean", "auto"),
-            (outliers, "outliers", "off"),
-            (outliers, "outliers", "auto"),
+        for source, label, scheme, options in (
+            (arguments.model, "clean", "w8a8", {}),
+            (outliers, "outliers", "w8a8", {"smooth": "off"}),
+            (outliers, "outliers", "w8a8", {}),
+            (outliers, "outliers", "w8a8", {"activations": "token"}),
+            (outliers, "outliers", "llm-int8", {}),
         ):
             artifact = qcompile.compile(
                 str(source),
                 target=arguments.target,
+                scheme=scheme,
                 calibration=arguments.calibration,
                 # Unsmoothed, the copy is ruined: that is the point, and not to be refused here.
-                config=qcompile.CompileConfig(objective="scheme", smooth=smooth, strict=False),  # type: ignore[arg-type]
+                config=qcompile.CompileConfig(objective="scheme", strict=False, **options),  # type: ignore[arg-type]
                 output=scratch / "w8a8",
                 overwrite=True,
             )
             figures = accuracy(reference, session(artifact.path), feeds)
-            rows.append({"model": label, "smooth": smooth, **figures})
+            asked = ", ".join(f"{name} {value}" for name, value in options.items())
+            rows.append({"model": label, "scheme": scheme, "": asked, **figures})
             print(rows[-1], flush=True)
     publish(f"{arguments.model.name}, ×{FACTOR:g} in {CHANNELS} channels", rows, arguments.json)
 

@@ -45,7 +45,7 @@ class Observe(ir.passes.InPlacePass):
         *,
         channels: Mapping[int, int] | None = None,
         histogram_stride: int = 1,
-        gram_stride: int = 1,
+        gram_stride: int | None = 1,
     ) -> None:
         super().__init__()
         self.sites = dict(sites)
@@ -110,9 +110,10 @@ class Observe(ir.passes.InPlacePass):
         zeros = self._zeros(graph, channels * BINS)
         counts = tape.op("ScatterElements", [zeros, bins, ones], {"reduction": "add"})
         emit("histogram", counts, (channels * BINS,))
-        blocks = -(-channels // GRAM_BLOCK)
-        gram = _block_gram(tape, every("gram", self.gram_stride), channels, constant)
-        emit("gram", gram, (blocks, GRAM_BLOCK, GRAM_BLOCK))
+        if self.gram_stride is not None:
+            blocks = -(-channels // GRAM_BLOCK)
+            gram = _block_gram(tape, every("gram", self.gram_stride), channels, constant)
+            emit("gram", gram, (blocks, GRAM_BLOCK, GRAM_BLOCK))
 
     @staticmethod
     def _zeros(graph: ir.Graph, size: int) -> ir.Value:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused, sole_use
 from qcompile.passes.known_mask import MaskMeaning, meaning_of
-from qcompile.passes.matching import is_op, like, scalar_of
+from qcompile.passes.matching import ints, is_op, like, scalar_of
 from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, QUANTIZE
 from qcompile.passes.symbolic_shapes import dims_of
 
@@ -123,6 +123,8 @@ def _works_on_rows(
         axis = node.attributes.get_int("axis", 0)
         channels = axis in (-1, rank - 1) and rank > 2 and by_row == [True, False]
         return channels or (axis == 0 and by_row == [False, True])
+    if is_op(node, "Slice"):
+        return rank > 2 and by_row[0] and not any(by_row[1:]) and ints(node, "axes", 3) == [-1]
     if is_op(node, "Reshape", "ReduceSum"):
         # Channels in blocks, and what is summed of them.
         return by_row == [True, False] and _keeps_rows(node, rank)

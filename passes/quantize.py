@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused, shared_constant
 from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, E4M3, QUANTIZE, per_token_functions
@@ -33,9 +34,10 @@ class Quantize(ir.passes.InPlacePass):
     are indices. An op of weight-only precision goes on reading x, its channels gathered in the
     order of the codes where that is another, and the sum of a block's activations times the block's
     offset is added where it has one. Outlier channels that are split are gathered as often as they
-    are copied, shifted, quantised by a coarser scale and appended. The result is a valid ONNX model
-    that any runtime computes; a target replaces it by kernels. (ONNX Runtime 1.31 takes static e4m3
-    with graph optimisations off only: they would make an integer kernel of it.)
+    are copied, shifted, quantised by a coarser scale and appended. Of channels that stay in float,
+    sliced or gathered from x, a narrow product is added behind the bias. The result is a valid ONNX
+    model that any runtime computes; a target replaces it by kernels. (ONNX Runtime 1.31 takes
+    static e4m3 with graph optimisations off only: they would make an integer kernel of it.)
     """
 
     def __init__(self, plan: PrecisionPlan) -> None:
@@ -51,14 +53,15 @@ class Quantize(ir.passes.InPlacePass):
         for name, linear in linears.items():
             # A second call of a module must not take the first one's name once that is quantised.
             set_module_path(linear.matmul, name)
+        shared: dict[tuple[ir.Value, object], ir.Value] = {}
+        sources = {op.name: linears[op.name].x for op in planned}
         for site in self.plan.sites:
             present = [linears[name] for name in site.ops if name in linears]
             if present:
                 self._quantize_site(model, site, present)
-        shared: dict[tuple[ir.Value, object], ir.Value] = {}
         for op in planned:
+            linear = linears[op.name]
             if not op.coded:
-                linear = linears[op.name]
                 if op.weight is not None and op.weight.table is not None:
                     function = table_function()
                     model.functions.setdefault(function.identifier(), function)
@@ -66,6 +69,7 @@ class Quantize(ir.passes.InPlacePass):
                 x = _in_order(model.graph, linear, op, shared)
                 _quantize_weight(model.graph, linear, op, x)
                 _add_offset(model.graph, linear, op, x, shared)
+            _add_kept(model.graph, linear, op, sources[op.name], shared)
         drop_unused(model)
         return ir.passes.PassResult(model, modified=True)
 
@@ -151,6 +155,59 @@ def _add_offset(
     graph.insert_after(linear.matmul, list(tape.nodes))
     if is_output:
         result.name, product.name = product.name, f"{product.name}/codes"
+
+
+def _add_kept(
+    graph: ir.Graph,
+    linear: Linear,
+    op: OpPlan,
+    x: ir.Value,
+    shared: dict[tuple[ir.Value, object], ir.Value],
+) -> None:
+    """What the channels that stay in float add: a narrow product of them alone."""
+    kept = op.weight.kept if op.weight is not None else None
+    if kept is None:
+        return
+    key = (x, kept.channels.tobytes())
+    if key not in shared:
+        shared[key] = _kept_channels(graph, op, x, kept.channels)
+    tape = ir.tape.Tape()
+    rows = constant(graph, f"{op.name}.weight_kept", kept.weight)
+    added = tape.op("MatMul", [shared[key], rows])
+    # The bias is added first: a kernel may take it.
+    output = linear.output
+    result = tape.op("Add", [output, added])
+    for value in (added, result):
+        value.shape, value.type = output.shape, output.type
+    _name(tape, f"{op.name}/kept")
+    producer = output.producer()
+    assert producer is not None
+    graph.insert_after(producer, list(tape.nodes))
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
+    result.producer().replace_input_with(0, output)  # type: ignore[union-attr]
+    result.name, output.name = output.name, f"{output.name}/codes"
+
+
+def _kept_channels(
+    graph: ir.Graph, op: OpPlan, x: ir.Value, channels: npt.NDArray[np.int64]
+) -> ir.Value:
+    """`channels` of `x`: a Slice where they lie side by side, else a Gather."""
+    tape = ir.tape.Tape()
+    first, last = int(channels[0]), int(channels[-1]) + 1
+    if last - first == len(channels):
+        ends = [
+            shared_constant(graph, "channel", np.array([end], np.int64)) for end in (first, last)
+        ]
+        axis = shared_constant(graph, "axis", np.array([-1], np.int64))
+        found = tape.op("Slice", [x, *ends, axis])
+    else:
+        index = constant(graph, f"{op.name}.kept", channels)
+        found = tape.op("Gather", [x, index], {"axis": -1})
+    found.type = x.type
+    found.shape = ir.Shape([*x.shape[:-1], len(channels)]) if x.shape is not None else None
+    _name(tape, f"{op.name}/kept")
+    _insert_after(graph, x, tape.nodes)
+    return found
 
 
 def _insert_after(graph: ir.Graph, x: ir.Value, nodes: Sequence[ir.Node]) -> None:

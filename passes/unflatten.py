@@ -6,7 +6,7 @@ from typing import Final
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from qcompile.passes.matching import is_op
+from qcompile.passes.matching import ints, is_op
 from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, QUANTIZE
 from qcompile.passes.symbolic_shapes import SymbolicShapes, dims_of
 
@@ -38,7 +38,7 @@ class Unflatten(ir.passes.InPlacePass):
     1. ``Reshape(x)`` to the shape that x has -> x
     2. ``Reshape(f(Reshape(x, [-1, C])), [batch, sequence, D])`` -> ``f(x)``, where f works on rows:
        norms over the last axis, products with a constant matrix, element-wise ops with vectors or
-       with each other, quantisation by a constant scale or per token
+       with each other, some of the channels, quantisation by a constant scale or per token
 
     The way back needs batch and sequence as numbers, which ONNX Runtime computes on the CPU. All
     stretches of one shape go together or stay together: they may read each other.
@@ -141,6 +141,10 @@ def _rowwise(node: ir.Node, position: int) -> bool:
         return position == 0
     if is_op(node, *_NORMS):
         return position == 0 and node.attributes.get_int("axis", -1) == -1
+    if is_op(node, "Gather"):
+        return position == 0 and node.attributes.get_int("axis", 0) == -1
+    if is_op(node, "Slice"):
+        return position == 0 and ints(node, "axes", 3) == [-1]
     return is_op(node, *_ROWWISE)
 
 

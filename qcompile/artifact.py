@@ -19,6 +19,7 @@ import onnxruntime as ort
 
 from qcompile.cache_plan import CachePlan
 from qcompile.config import CompileConfig
+from qcompile.edge.plan import EdgePlan
 from qcompile.errors import ModelError, StandInWarning
 from qcompile.genai import CONFIG as GENAI
 from qcompile.genai import genai_config
@@ -88,7 +89,7 @@ def complete(
     target: Target,
     report: Report,
     ranges: Ranges,
-    plan: PrecisionPlan,
+    plan: PrecisionPlan | EdgePlan,
     cache: CachePlan | None,
     config: CompileConfig,
     feed: Batch,
@@ -153,10 +154,16 @@ def complete(
         "library": target.carried(folder),
         "plan": plan.to_dict(),
         "cache": cache.to_dict() if cache is not None else None,
-        "kernels": {op.name: target.kernels_for(op, plan) for op in plan.quantized},
+        "kernels": _kernels(target, plan),
         "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
     }
     write_record(folder, record)
+
+
+def _kernels(target: Target, plan: PrecisionPlan | EdgePlan) -> dict[str, tuple[str, ...]]:
+    if isinstance(plan, EdgePlan):
+        return {unit.name: (unit.op,) for unit in plan.quantized}
+    return {op.name: target.kernels_for(op, plan) for op in plan.quantized}
 
 
 def read_record(folder: Path) -> dict[str, Any]:

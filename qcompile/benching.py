@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ import numpy as np
 import onnxruntime as ort
 
 from qcompile.artifact import GRAPH, read_record
+from qcompile.cache import empty, is_past
 from qcompile.errors import ConfigError, ModelError
 from qcompile.generation import Decoder
+from qcompile.headline import megabytes
 from qcompile.session import open_session
 from qcompile.targets import get_target
 
@@ -49,7 +52,8 @@ def bench(
 
     Raises:
         ModelError: no artifact, or one without a cache.
-        ConfigError: more tokens than an artifact has positions, or its kernels cannot run here.
+        ConfigError: more tokens than an artifact has positions or the memory room, or its kernels
+            cannot run here.
     """
     records = [read_record(folder) for folder in folders]
     runtimes = [
@@ -76,7 +80,32 @@ def bench(
             Decoder(session, 1, 1)
         except ModelError as error:
             raise ModelError(f"{name}: {error}") from error
+    wanted = sum(_bytes_of(s, batch, prompt, new_tokens) for s in sessions.values())
+    free = available_bytes()
+    if free is not None and wanted > free:
+        raise ConfigError(
+            f"caches and logits of {batch} sequences take {megabytes(wanted)}, and "
+            f"{megabytes(free)} are free",
+            hint="a smaller --batch, or fewer --prompt-tokens",
+        )
     return rates(sessions, batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
+
+
+def _bytes_of(session: ort.InferenceSession, batch: int, prompt: int, new_tokens: int) -> int:
+    """Of the cache, and of a prompt's logits, which are the most that leave the session at once."""
+    pasts = [empty(i, 1, 1) for i in session.get_inputs() if is_past(i.name)]
+    sizes = [o.shape[-1] for o in session.get_outputs() if o.name == "logits"]
+    cache = sum(past.nbytes for past in pasts) * (prompt + new_tokens)
+    return batch * (cache + prompt * sum(map(int, sizes)) * np.dtype(np.float32).itemsize)
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping, or None where the system does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    except OSError:
+        return None
+    return int(found[1]) << 10 if found else None
 
 
 def rates(

@@ -40,6 +40,9 @@ SIZE_MARGIN: Final = 0.995
 
 UNSEEN: Final = "; accuracy is measured on an output that does not depend on it"
 
+KEEPING: Final[tuple[Label, ...]] = ("weight8", "weight4", "llm-int8")
+"""The labels that may keep input channels in float."""
+
 STEPS: Final = 3
 """How many times as much as a prompt's a step's relative time counts where there is a cache. Of a
 prompt of 128 tokens and as many after it, steps take nine tenths in float; of a prompt that is four
@@ -74,6 +77,7 @@ class Measured:
         notes: on the times, for the report.
         block_size: input channels that share a scale, of weights in blocks.
         zero_points: whether those blocks have them.
+        kept: op -> how many of its input channels stay in float where it is quantised.
     """
 
     sites: Sequence[Site]
@@ -95,6 +99,7 @@ class Measured:
     notes: Sequence[str] = ()
     block_size: int = BLOCK_SIZE
     zero_points: bool = False
+    kept: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def problem(self) -> Problem:
         """Cost vectors: seconds at each shape, damage, bytes."""
@@ -133,13 +138,15 @@ class Measured:
 
     def bytes_of(self, linear: Linear, label: Label) -> int:
         """Of one Linear's weight as it is stored."""
-        return weight_bytes(
+        codes = weight_bytes(
             linear,
             label,
             self.floats,
             block_size=self.block_size,
             zero_points=self.zero_points,
         )
+        kept = self.kept.get(linear.name, 0) if label in KEEPING else 0
+        return codes + kept_bytes(kept, linear.out_features, self.floats)
 
     @property
     def rest(self) -> Cost:
@@ -257,6 +264,11 @@ def weight_bytes(
     # How many copies a split makes is known later; this is the most.
     copies = linear.in_features // 8 * (linear.out_features + 12) if label == "split" else 0
     return size + 4 * linear.out_features + copies
+
+
+def kept_bytes(channels: int, width: int, floats: Floats) -> int:
+    """Bytes of what stays in float of a weight: rows, and their places."""
+    return channels * (FLOAT_BYTES[floats] * width + 8)
 
 
 def _prices(measured: Measured, problem: Problem) -> tuple[Cost, Cost, Cost]:

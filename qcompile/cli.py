@@ -17,6 +17,8 @@ from rich.console import Console
 
 from qcompile.cli_group import CompileByDefault
 from qcompile.errors import ConfigError, QcompileError
+from qcompile.terminating import STATUS as TERMINATED
+from qcompile.terminating import Terminated, terminable
 
 _INTERRUPTED = 130
 
@@ -51,7 +53,7 @@ def cli() -> None:
 @click.option(
     "--calibration",
     type=click.Path(),
-    help="Text (.txt, .jsonl) or inputs by name (.npz, or a folder of them).",
+    help="Text (.txt, .jsonl), a folder of images, or inputs by name (.npz, .npy for one input).",
 )
 @click.option("--samples", type=int, default=64, show_default=True, help="Calibration samples.")
 @click.option("--seq-len", type=int, default=256, show_default=True, help="Tokens per sample.")
@@ -103,15 +105,56 @@ def cli() -> None:
     help="Of weights alone: blocks without or with zero points.  [default: as the method has it]",
 )
 @click.option(
+    "--outlier-threshold",
+    type=float,
+    help="llm-int8: magnitude from which on a channel stays in float.  [default: 6]",
+)
+@click.option(
+    "--outlier-share",
+    type=float,
+    help="llm-int8, spqr: part of the input channels that stays in float, up to 0.125.",
+)
+@click.option(
+    "--equalize/--no-equalize",
+    default=None,
+    help="Move scales between ops (cross-layer equalisation).  [default: on onnx-edge]",
+)
+@click.option(
+    "--bias-correction/--no-bias-correction",
+    default=None,
+    help="Add what rounding shifts on average to biases.  [default: on onnx-edge]",
+)
+@click.option(
     "--recipe", type=click.Path(path_type=Path), help="YAML: module-path glob -> overrides."
 )
 @click.option("--task", help="Task of the model, as optimum names it.  [default: inferred]")
-@click.option("--opset", type=int, default=23, show_default=True, help="ONNX opset.")
+@click.option(
+    "--opset", type=int, default=23, show_default=True, help="ONNX opset; 13 to 23 for onnx-edge."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="For generated data.")
 @click.option(
     "--shapes",
     help="Batch x sequence that matter: timed, and planned for.  "
     "[default: 1x128, and 1x1 for what generates]",
+)
+@click.option(
+    "--shape",
+    "input_shapes",
+    multiple=True,
+    help="onnx-edge: an input's shape for good, like input_ids=1x128; may be repeated.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["per-channel", "per-tensor"]),
+    help="onnx-edge: scales of a weight.  [default: per channel where the profile has it]",
+)
+@click.option(
+    "--activation-type",
+    type=click.Choice(["uint8", "int8", "uint16", "int16"]),
+    help="onnx-edge: codes of activations.  [default: as the profile prefers]",
+)
+@click.option(
+    "--symmetric-activations", is_flag=True, help="onnx-edge: zero in the middle of their codes."
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model folder.")
 @click.option(
@@ -135,6 +178,13 @@ def cli() -> None:
     default=True,
     help="Fail where verification does not hold, or only report it.  [default: strict]",
 )
+@click.option(
+    "--format",
+    type=click.Choice(["onnx", "ort"]),
+    default="onnx",
+    show_default=True,
+    help="ort: model.ort too, for reduced builds, and the operators that one needs.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
@@ -153,16 +203,28 @@ def compile_command(
     shapes: str | None,
     max_size: str | None,
     block_size: str | None,
+    input_shapes: tuple[str, ...],
+    weights: str | None,
+    activation_type: str | None,
+    symmetric_activations: bool,
     **options: Any,
 ) -> None:
     """Compile MODEL: a Hugging Face folder or hub id, an .onnx file, or path/file.py:factory."""
     from qcompile.checkpoints.scheme import choose_scheme
     from qcompile.config import CompileConfig, Recipe, parse_size, parse_smooth
+    from qcompile.edge.options import EdgeOptions, parse_input_shapes
     from qcompile.shapes import parse_shapes
     from qcompile.staging import check_output
     from qcompile.targets import get_target
 
+    edge = EdgeOptions(
+        shapes=parse_input_shapes(input_shapes),
+        weights=weights,  # type: ignore[arg-type]
+        activation_type=activation_type,  # type: ignore[arg-type]
+        symmetric_activations=symmetric_activations,
+    )
     config = CompileConfig(
+        edge=edge,
         smooth=parse_smooth(smooth),
         max_size=parse_size(max_size) if max_size is not None else None,
         block_size=int(block_size) if block_size else None,  # type: ignore[arg-type]
@@ -234,10 +296,15 @@ def schemes_command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
 def inspect_command(folder: Path, as_json: bool) -> None:
     """Show, for each op of the artifact FOLDER, its precision, kernel, candidates and reason."""
+    from qcompile.artifact import damaged_files, read_record
     from qcompile.report import Report
     from qcompile.summary import print_ops
 
     report = Report.read(folder)
+    changed = sorted(damaged_files(folder, read_record(folder)))
+    if changed:
+        named = ", ".join(changed)
+        click.echo(f"warning: {named}: missing or changed since the artifact was made", err=True)
     if as_json:
         click.echo(report.model_dump_json(indent=1))
     else:
@@ -257,7 +324,8 @@ def report_command(folders: tuple[Path, ...], output: Path | None) -> None:
     from qcompile.redrawing import draw_again, draw_to
 
     if output is not None:
-        draw_to(output, folders)
+        for note in draw_to(output, folders):
+            click.echo(f"warning: {note}", err=True)
         click.echo(output)
         return
     if len(folders) > 1:
@@ -350,13 +418,16 @@ def main() -> None:
     """Entry point: one line for every deliberate error, and the exit status."""
     _quiet_libraries()
     try:
-        cli.main(standalone_mode=False)
+        with terminable():
+            cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except QcompileError as error:
         _fail(str(error), 1)
+    except Terminated:
+        _fail("terminated", TERMINATED)
     except (KeyboardInterrupt, click.Abort):
         # Only compiling writes anything, and it is the default.
         compiling = not sys.argv[1:] or sys.argv[1] not in {*cli.commands} - {"compile"}

@@ -13,6 +13,7 @@ from qcompile.adaround import quantize_adaround
 from qcompile.calibration.stats import Stats
 from qcompile.clipping import clipped_range
 from qcompile.config import CompileConfig
+from qcompile.decomposition import kept_count
 from qcompile.distill import distill
 from qcompile.gptq import importance_in_blocks, quantize_gptq
 from qcompile.hqq import quantize_hqq
@@ -24,6 +25,7 @@ from qcompile.rounding import Rounding, rounding_of
 from qcompile.sequence import round_in_sequence
 from qcompile.smoothing import SmoothingPlan
 from qcompile.spill import release
+from qcompile.spqr import quantize_spqr
 from qcompile.traced import Batch
 from qcompile.weight_blocks import in_blocks
 
@@ -39,6 +41,7 @@ def find_codes(
     batches: Sequence[Batch],
     work: Path,
     progress: Callable[[int, int], None] | None = None,
+    kept: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Codes of every op whose method is more than rounding to nearest.
 
@@ -51,6 +54,7 @@ def find_codes(
         batches: calibration feeds.
         work: folder for graphs.
         progress: called with (sites done, sites in all).
+        kept: channels that stay in float by op, of an earlier plan, in place of a search.
 
     Raises:
         CalibrationError: an activation is NaN or infinite on the data.
@@ -77,6 +81,16 @@ def find_codes(
     def round_(linear: Linear, gram: Array) -> QuantizedWeight:
         rounding = roundings[linear.name]
         assert rounding is not None
+        if rounding.method == "spqr":
+            return quantize_spqr(
+                weight_of(linear),
+                gram,
+                bits=rounding.bits,
+                block_size=rounding.block_size,
+                symmetric=rounding.symmetric,
+                count=kept_count(linear.in_features, config.outlier_share),
+                channels=(kept or {}).get(linear.name),
+            )
         # Eight bits leave learned rounding nothing to gain that distillation could start from.
         learned = rounding.method == "adaround" or (rounding.method == "lkd" and rounding.bits < 8)
         quantize = quantize_adaround if learned else quantize_gptq

@@ -14,6 +14,7 @@ from qcompile import frontend
 from qcompile.checkpoints.scheme import choose_scheme
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, QcompileError
+from qcompile.limits import check_seq_len
 from qcompile.pipeline import Calibration, Shared, checked, compile_shared
 from qcompile.progress import Phases
 from qcompile.report import Report
@@ -67,6 +68,7 @@ def compare_schemes(
         raise ConfigError("a plan is of one scheme, so plan_in and plan_out are not for comparing")
     chosen = {name: choose_scheme(source, name) for name in schemes}
     ready = {name: checked(target, chosen[name], calibration, config) for name in schemes}
+    check_seq_len(source, calibration, config)
     rows: dict[str, Row] = {}
     errors: list[QcompileError] = []
     with staged(output, overwrite=overwrite) as (folder, work):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import pydantic
 import yaml
 
+from qcompile.edge.options import EdgeOptions
 from qcompile.errors import ConfigError
 from qcompile.methods import Method
 
@@ -40,7 +41,7 @@ class _Frozen(pydantic.BaseModel):
 class SiteRule(_Frozen):
     """What a recipe asks for the modules that its glob matches. Unset fields keep the default."""
 
-    precision: Literal["float", "w8a8", "fp8", "w8a16", "w4a16", "split"] | None = None
+    precision: Literal["float", "w8a8", "fp8", "w8a16", "w4a16", "split", "llm-int8"] | None = None
     method: Method | None = None
     activations: Activations | None = None
     smooth: Smooth | None = None
@@ -165,9 +166,18 @@ class CompileConfig(_Frozen):
             too, after a colon.
         block_size: of their input channels that share a scale; None: 32.
         symmetric: whether their blocks have no zero points; None: as the method has it.
+        outlier_threshold: a channel whose magnitude reaches it in calibration stays in float where
+            the scheme is ``llm-int8``; None: 6, as in the paper.
+        outlier_share: part of the input channels that stays in float, for ``llm-int8`` instead of
+            a threshold, and for the method ``spqr``; None: a hundredth there.
+        equalize: move scales between ops before they are quantised (arXiv 1906.04721); None: where
+            the target gains by it.
+        bias_correction: add what rounding shifts on average to biases (the same paper); None: as
+            the target has it.
         recipe: per-module overrides; a mapping as in a recipe file will do.
         task: a task name of optimum's, instead of the one read from the model.
-        opset: ONNX opset of the exported graph.
+        opset: ONNX opset of the graph; 23 but for `onnx-edge`.
+        edge: options of `onnx-edge`.
         seed: of everything random (generated calibration data).
         trust_remote_code: let Transformers run Python code that a model folder carries.
         shapes: (batch, sequence) pairs to plan for and to measure speed at; none: 1x128 of tokens
@@ -179,6 +189,8 @@ class CompileConfig(_Frozen):
         adapter_mode: ``merge`` it into the weights before they are quantised, or ``keep`` it beside
             them in float.
         strict: a verification that does not hold is an error, not only a line in the report.
+        format: ``ort`` also writes the graph in ONNX Runtime's own format, for reduced builds of
+            it, with the operators and types that such a build needs.
 
     Raises:
         ConfigError: an unknown option, a value out of its range, or one without effect.
@@ -199,9 +211,14 @@ class CompileConfig(_Frozen):
     method: Method = "rtn"
     block_size: Literal[32, 64, 128] | None = None
     symmetric: bool | None = None
+    outlier_threshold: Annotated[float, pydantic.Field(gt=0)] | None = None
+    outlier_share: Annotated[float, pydantic.Field(gt=0, le=0.125)] | None = None
+    equalize: bool | None = None
+    bias_correction: bool | None = None
     recipe: Recipe = Recipe()
     task: str | None = None
-    opset: Annotated[int, pydantic.Field(ge=23, le=23)] = 23
+    opset: Annotated[int, pydantic.Field(ge=13, le=23)] = 23
+    edge: EdgeOptions = EdgeOptions()
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
     trust_remote_code: bool = False
     shapes: tuple[Shape, ...] = ()
@@ -210,6 +227,7 @@ class CompileConfig(_Frozen):
     adapter: Path | None = None
     adapter_mode: AdapterMode = "merge"
     strict: bool = True
+    format: Literal["onnx", "ort"] = "onnx"
 
     @pydantic.field_validator("recipe", mode="before")
     @classmethod
@@ -233,6 +251,12 @@ class CompileConfig(_Frozen):
         methods = {self.method, *(rule.method for _, rule in self.recipe.rules)}
         if self.symmetric and "hqq" in methods:
             raise ValueError("hqq moves zero points, and symmetric blocks have none")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _outliers_are_found_in_one_way(self) -> CompileConfig:
+        if self.outlier_threshold is not None and self.outlier_share is not None:
+            raise ValueError("outlier_threshold and outlier_share contradict each other")
         return self
 
     @pydantic.model_validator(mode="after")

@@ -5,7 +5,8 @@ are still float, as far as their channels are correlated: with H = Σ xᵀx, the
 Cholesky factor of H⁻¹ say by how much. The channels that matter most come first (activation
 order): blocks in the order of the largest diagonal of H in them, channels within a block in the
 order of their own. So each block's range is found from weights that the errors before have moved
-already, and codes stay in their places: no kernel has to gather channels.
+already, and codes stay in their places: no kernel has to gather channels. What is found then goes
+through coordinate descent (`qcompile.descent`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from scipy import linalg
 
 from qcompile.clipping import clipped_range
+from qcompile.descent import damped, refine
 from qcompile.precision import QuantizedWeight
 from qcompile.weight_blocks import Grid, in_blocks
 
@@ -25,6 +27,9 @@ Array = npt.NDArray[Any]
 DAMPING: Final = 0.01
 """Part of the mean of H's diagonal that is added to it: directions that calibration did not show
 are not free."""
+
+ROUNDS: Final = 2
+"""Of better scales and codes, from what GPTQ leads to."""
 
 _COLUMNS: Final = 2048
 
@@ -49,6 +54,8 @@ def quantize_gptq(
     factor = _factor(hessian, order)
     counts = importance_in_blocks(np.diagonal(hessian), block_size)
     float_hessian = hessian.astype(np.float32)
+    # A short last block is filled with channels that never move anything.
+    whole = damped(np.pad(hessian, (0, -depth % block_size)))
     parts = []
     for start in range(0, weight.shape[1], _COLUMNS):
         wanted = np.ascontiguousarray(weight[:, start : start + _COLUMNS], np.float32)
@@ -56,6 +63,7 @@ def quantize_gptq(
         plain = clipped_range(blocks, counts, bits=bits, symmetric=symmetric)
         nearest = plain.nearest(blocks)
         codes, grid = _round_in_turn(wanted, order, factor, counts, plain)
+        grid, codes = refine(blocks.reshape(-1, blocks.shape[2]), grid, codes, whole, rounds=ROUNDS)
         tried = [plain.values(nearest), grid.values(codes)]
         missed = [each.reshape(-1, wanted.shape[1])[:depth] - wanted for each in tried]
         errors = [np.einsum("kn,kn->n", each, float_hessian @ each) for each in missed]

@@ -26,7 +26,7 @@ from qcompile.linears import Site, find_linears, find_sites
 from qcompile.session import open_session
 from qcompile.spill import release
 from qcompile.torch_graph import UnsupportedOpError, check_supported, downstream, evaluate, frontier
-from qcompile.traced import Batch, Kind
+from qcompile.traced import LOGITS, Batch, Kind
 
 Tensor: TypeAlias = torch.Tensor
 Squares: TypeAlias = dict[str, npt.NDArray[np.float64]]
@@ -281,7 +281,7 @@ def _losses(
 ) -> tuple[list[Tensor], float]:
     """One scalar per draw, and the number of rows that the divergence is a mean over."""
     mask = feed.get("attention_mask")
-    if kind in ("text-generation", "text-classification"):
+    if kind in LOGITS:
         logits = torch.log_softmax(output.flatten(0, -2), -1)
         keep = torch.ones(len(logits), dtype=torch.bool)
         if mask is not None and mask.size == len(logits):

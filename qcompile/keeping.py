@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from qcompile.checkpoints import Checkpoint, StoredActivation
 from qcompile.errors import ModelError
+from qcompile.float4 import TABLES
 from qcompile.linears import Linear, Site
 from qcompile.planning import weight_of
 from qcompile.precision import (
@@ -49,6 +50,7 @@ class _Kept:
 
 
 _NAMES: Final[dict[int, Label]] = {8: "weight8", 4: "weight4"}
+"""By the bits of a code; codes of a table have its name."""
 
 
 def keep_plan(
@@ -133,7 +135,7 @@ def _choice(
     if weight is None:
         return _Kept("float", "no codes of the checkpoint are for it")
     reason = f"from the checkpoint: {checkpoint.description}"
-    by_weight = _NAMES[weight.bits]
+    by_weight = _by_weight(weight)
     if target.capability("MatMul", by_weight) is None:
         missing = f"{target.name} has no kernel for {by_weight}, so dequantised"
         return _Kept("float", reason, missing)
@@ -144,6 +146,13 @@ def _choice(
     if obstacle is None:
         return _Kept(activation.mode, reason)
     return _Kept(by_weight, reason, f"{obstacle}, so {by_weight} with the same codes")
+
+
+def _by_weight(weight: QuantizedWeight) -> Label:
+    """What computes with `weight` and a float activation."""
+    if weight.table is None:
+        return _NAMES[weight.bits]
+    return next(kind for kind, table in TABLES.items() if np.array_equal(table, weight.table))
 
 
 def _int8_obstacle(
@@ -159,7 +168,7 @@ def _int8_obstacle(
         return refusal
     if target.symmetric and activation.zero_point != 0:
         return f"the INT8 kernel of {target.name} takes no zero point of activations"
-    highest = np.full(linear.in_features, 255)
+    highest = np.full(linear.in_features, activation.highest)
     if target.saturates and (pairs := violations(weight.codes, highest)):
         return f"{pairs} pairs of codes could saturate the INT8 kernel"
     return None
@@ -201,6 +210,6 @@ def _site_plan(
         mode=first.mode,
         scale=first.scale,
         zero_point=first.zero_point + 128 if static else None,  # codes are unsigned here
-        highest=np.full(site.channels, 255),
+        highest=np.full(site.channels, first.highest),
     )
     return SitePlan(site.name, str(site.x.name), activation, tuple(names)), agreed

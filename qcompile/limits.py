@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Final
 
 import onnx_ir as ir
 
 from qcompile.cache import PAST
+from qcompile.calibration.tokens import check_positions
 from qcompile.config import CompileConfig
 from qcompile.costs import open_costs
+from qcompile.edge.options import EdgeOptions
 from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.planfile import PlanFile
 from qcompile.schemes import Scheme
 from qcompile.targets import Target
-from qcompile.traced import TracedModel
+from qcompile.traced import LOGITS, POSITIONS, TracedModel
 from qcompile.verify import Verification
+
+_EDGE_TAKES: Final = (("activations", "static"), ("objective", "scheme"))
+"""Options that say what target onnx-edge does anyway."""
 
 
 def check_plan_paths(config: CompileConfig) -> None:
@@ -67,6 +74,21 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             raise ConfigError(f"scheme {scheme.name}: {missing}")
     if config.last_logits and not config.cache and scheme.cache_bits is None:
         raise ConfigError("last_logits are for generating, so they want a cache")
+    if config.format == "ort" and target.ort_style is None:
+        raise ConfigError(
+            f"format ort is for reduced builds of ONNX Runtime, and target {target.name} runs by "
+            "operators of its own, which no such build has",
+            hint="leave --format ort out",
+        )
+    if config.equalize and not target.equalizes:
+        raise ConfigError(
+            f"target {target.name} gives each output channel a scale and smooths what Linears "
+            "read, so equalize has no effect",
+            hint="--smooth moves scales there",
+        )
+    if config.bias_correction and (scheme.keeps or not scheme.quantizes):
+        what = "keeps its codes as they are" if scheme.keeps else "quantises nothing"
+        raise ConfigError(f"scheme {scheme.name} {what}, so bias_correction has no effect")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
     if scheme.method is not None and config.method not in ("rtn", scheme.method):
@@ -85,6 +107,14 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         for field in ("activations", "smooth", "ranges"):
             if getattr(config, field) != CompileConfig.model_fields[field].default:
                 raise ConfigError(f"{why}, so {field} has no effect")
+    if scheme.labels == ("llm-int8",) and not config.recipe.codes:
+        for field in ("activations", "smooth", "ranges"):
+            if getattr(config, field) != CompileConfig.model_fields[field].default:
+                raise ConfigError(
+                    f"scheme {scheme.name} has activations per token, and outliers in float in the "
+                    f"place of smoothing, so {field} has no effect"
+                )
+    _check_outliers(scheme, config)
     if scheme.keeps:
         chooses = [name for name in ("plan_in", "costs") if getattr(config, name) is not None]
         chooses += ["recipe"] if config.recipe.rules else []
@@ -111,6 +141,48 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         )
 
 
+def check_seq_len(source: object, calibration: object, config: CompileConfig) -> None:
+    """Refuse samples of more tokens than the model has positions, before it is traced for minutes.
+
+    What cannot be told from the ``config.json`` of a folder is told later.
+
+    Raises:
+        ConfigError: they are longer.
+    """
+    arrays = calibration is not None and not (
+        isinstance(calibration, str | Path) and Path(calibration).suffix in (".txt", ".jsonl")
+    )
+    path = Path(source) / "config.json" if isinstance(source, str | Path) else None
+    if arrays or config.edge.shapes or path is None or not path.is_file():
+        return
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return  # said by what reads it
+    found = [settings.get(n) for n in POSITIONS] if isinstance(settings, dict) else []
+    positions = next((n for n in found if isinstance(n, int) and n > 0), None)
+    check_positions(config.seq_len, positions, path.parent.name)
+
+
+def _check_outliers(scheme: Scheme, config: CompileConfig) -> None:
+    """Refuse to say which channels stay in float where all are codes.
+
+    Raises:
+        ConfigError: neither the scheme nor the recipe keeps any.
+    """
+    rules = [rule for _, rule in config.recipe.rules]
+    decomposed = "llm-int8" in scheme.labels or any(r.precision == "llm-int8" for r in rules)
+    methods = {scheme.method or config.method, *(rule.method for rule in rules)}
+    if config.outlier_threshold is not None and not decomposed:
+        raise ConfigError(
+            f"scheme {scheme.name} looks for no outliers, so outlier_threshold has no effect"
+        )
+    if config.outlier_share is not None and not decomposed and "spqr" not in methods:
+        raise ConfigError(
+            f"scheme {scheme.name} keeps no channels in float, so outlier_share has no effect"
+        )
+
+
 def incomparable(target: Target, scheme: Scheme, config: CompileConfig) -> str | None:
     """Why there is nothing to compare the compiled model's speed with, or None."""
     if scheme.quantizes or not config.cache or "float32" in target.caches:
@@ -133,7 +205,7 @@ def check_limits(config: CompileConfig, model: TracedModel) -> None:
             f"a cache is for a causal language model, and this one does {model.task}",
             hint="leave --cache out",
         )
-    if config.max_kl is not None and model.kind not in ("text-generation", "text-classification"):
+    if config.max_kl is not None and model.kind not in LOGITS:
         raise ConfigError(
             f"max_kl is a limit on logits, and the outputs of a {model.task} model are none",
             hint="--objective accuracy with --min-speedup trades the same way",
@@ -182,3 +254,30 @@ def broken_limits(
         if size > config.max_size:
             problems.append(f"the weights take {size} bytes, above max_size {config.max_size}")
     return problems
+
+
+def check_edge(target: Target, config: CompileConfig) -> None:
+    """Refuse options of `onnx-edge` for another target, and others' options for it.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    if not target.tensors:
+        if config.opset != CompileConfig.model_fields["opset"].default:
+            raise ConfigError(f"opset {config.opset} is for target onnx-edge; {target.name} has 23")
+        asked = sorted(config.edge.model_fields_set)
+        if config.edge != EdgeOptions():
+            raise ConfigError(f"{asked[0]} is for target onnx-edge, and not for {target.name}")
+        return
+    for field in (
+        *("activations", "objective", "max_kl", "min_speedup", "costs", "plan_in"),
+        *("plan_out", "shapes", "cache", "last_logits", "block_size", "symmetric", "method"),
+    ):
+        given, default = getattr(config, field), CompileConfig.model_fields[field].default
+        if given != default and (field, given) not in _EDGE_TAKES:
+            raise ConfigError(f"target {target.name} does without {field}, so it has no effect")
+    rule = next((rule for _, rule in config.recipe.rules if rule.precision != "float"), None)
+    if rule is not None:
+        raise ConfigError(
+            f"a recipe for target {target.name} says only which modules stay in float"
+        )

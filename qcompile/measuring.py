@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompile.alone import measure_alone
@@ -16,9 +17,10 @@ from qcompile.calibration.stats import Stats
 from qcompile.choosing import STEPS, Measured
 from qcompile.config import CompileConfig
 from qcompile.costs import default_path, open_costs
+from qcompile.decomposition import find_outliers, kept_count
 from qcompile.float4 import BLOCK_SIZE as FLOAT4_BLOCK
 from qcompile.gradients import Gradients, Importance, measure_gradients
-from qcompile.linears import find_sites
+from qcompile.linears import Site, find_sites
 from qcompile.makers import maker_of
 from qcompile.methods import is_symmetric
 from qcompile.options import Options
@@ -38,7 +40,7 @@ from qcompile.targets.base import Target
 from qcompile.torch_graph import UnsupportedOpError
 from qcompile.traced import Batch, TracedModel
 from qcompile.trials import trial_plans
-from qcompile.weight_blocks import BLOCK_SIZE
+from qcompile.weight_blocks import BITS, BLOCK_SIZE
 
 
 def measure(
@@ -96,7 +98,28 @@ def measure(
         steps=STEPS if config.cache else 1,
         block_size=config.block_size or _block_size(options),
         zero_points=not is_symmetric(config.method, config.symmetric),
+        kept=_kept(measured.sites, options, stats, config),
     )
+
+
+def _kept(
+    sites: Sequence[Site],
+    options: Mapping[str, Options],
+    stats: Mapping[str, Stats],
+    config: CompileConfig,
+) -> dict[str, int]:
+    """How many input channels of each op stay in float where it is quantised."""
+    found = {}
+    for site in sites:
+        for linear in site.linears:
+            labels = options[linear.name].labels
+            method = config.recipe.rule_for(linear.name).method or config.method
+            if "llm-int8" in labels:
+                alone = np.arange(site.channels)
+                found[linear.name] = len(find_outliers(stats[site.name], alone, config))
+            elif method == "spqr" and set(labels) & set(BITS):
+                found[linear.name] = kept_count(site.channels, config.outlier_share)
+    return found
 
 
 def _block_size(options: Mapping[str, Options]) -> int:
@@ -240,7 +263,7 @@ def estimate_damage(
         how = f"each op alone: no gradient through {unsupported} is known here"
     importance = gradients.importance if gradients is not None else None
     modes = {
-        n: next((m for m in found.labels if m in (*MODES, *FP8)), None)
+        n: next((m for m in found.labels if m in (*MODES, *FP8, "llm-int8")), None)
         for n, found in options.items()
     }
     chosen = {n: Choice(mode or "float", "trial") for n, mode in modes.items()}
@@ -248,7 +271,7 @@ def estimate_damage(
     Untie(name for name, mode in modes.items() if mode)(graph)
     smoothing = plan_smoothing(
         find_sites(graph.graph), stats, config, chosen, importance=importance
-    )
+    ).in_place
     if gradients is not None:
         del graph
         return (

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Final, Literal, TypeAlias, get_args
 
-Method: TypeAlias = Literal["rtn", "mse", "hqq", "awq", "gptq", "awq+gptq", "adaround", "lkd"]
+Method: TypeAlias = Literal[
+    "rtn", "mse", "hqq", "awq", "gptq", "awq+gptq", "adaround", "lkd", "spqr"
+]
 
 METHODS: Final[tuple[Method, ...]] = get_args(Method)
 
@@ -18,16 +20,24 @@ SUMMARIES: Final[dict[Method, str]] = {
     "awq+gptq": "both: AWQ's scales, then GPTQ's rounding",
     "adaround": "up or down learned for the outputs, from GPTQ's grid (arXiv 2004.10568)",
     "lkd": "layers distilled one by one: weights and scales learned (ZeroQuant, arXiv 2206.01861)",
+    "spqr": "as gptq, the input channels that rounding hurts most in float (arXiv 2306.03078)",
 }
 
 FOLDED: Final[tuple[Method, ...]] = ("awq", "awq+gptq")
 """Methods that scale a weight's input channels, as smoothing does."""
 
-SEQUENTIAL: Final[tuple[Method, ...]] = ("gptq", "awq+gptq", "adaround", "lkd")
+SEQUENTIAL: Final[tuple[Method, ...]] = ("gptq", "awq+gptq", "adaround", "lkd", "spqr")
 """Methods that see what the layers before, already rounded, hand on."""
 
-CALIBRATED: Final[tuple[Method, ...]] = ("awq", "gptq", "awq+gptq", "adaround", "lkd")
+CALIBRATED: Final[tuple[Method, ...]] = ("awq", "gptq", "awq+gptq", "adaround", "lkd", "spqr")
 """Methods that look at calibration data."""
+
+UNAVAILABLE: Final[dict[str, str]] = {
+    "spqr-sparse": "ONNX Runtime has no fast product of a sparse matrix: single weights in float "
+    "would cost as much as all",
+    "spqr-bilevel": "scales that are quantised themselves: ONNX Runtime's MatMulNBits takes floats",
+}
+"""Forms of a method that no kernel runs, with the reason."""
 
 BLOCK_SIZES: Final = (32, 64, 128)
 

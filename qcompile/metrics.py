@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.traced import Batch, Kind
+from qcompile.traced import LOGITS, Batch, Kind
 
 Array = npt.NDArray[Any]
 _LOGITS_AT_ONCE = 1 << 21
@@ -23,7 +23,7 @@ _LOGITS_AT_ONCE = 1 << 21
 class Accuracy:
     """Accumulates a comparison; `result` gives the figures.
 
-    For logits (text-generation, text-classification): mean KL(float ‖ compiled) in nats per row,
+    For logits (of tokens, of texts, of images): mean KL(float ‖ compiled) in nats per row,
     top-1 agreement, and for text-generation the perplexity of both on the text itself. For
     embeddings (feature-extraction): cosine similarity of mean-pooled vectors, one per sample. For
     anything else: cosine similarity per sample over the flattened first output. Always SQNR in dB.
@@ -68,7 +68,7 @@ class Accuracy:
         difference = reference - actual
         self.signal += float(np.square(reference, dtype=np.float64).sum())
         self.noise += float(np.square(difference, dtype=np.float64).sum())
-        if self.kind in ("text-generation", "text-classification"):
+        if self.kind in LOGITS:
             self._add_logits(feed, reference, actual)
         elif self.kind == "feature-extraction" and reference.ndim == 3:
             weights = feed.get("attention_mask", np.ones(reference.shape[:2]))[..., None]

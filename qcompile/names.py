@@ -9,6 +9,8 @@ from typing import Final
 import onnx_ir as ir
 
 MODULE_PATH_KEY: Final = "qcompile.module_path"
+PART_OF_KEY: Final = "qcompile.part_of"
+"""The fused op that a node was a part of, where it makes no sense to quantise it apart."""
 _SCOPES_KEY: Final = "pkg.torch.onnx.name_scopes"
 _BESIDE: Final = " + "
 

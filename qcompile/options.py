@@ -25,8 +25,12 @@ _NAMED: Final[Mapping[str, Label]] = {
     "w8a16": "weight8",
     "w4a16": "weight4",
     "split": "split",
+    "llm-int8": "llm-int8",
 }
 _FP8_OF: Final[Mapping[Activations, Label]] = {"token": "fp8", "static": "fp8-static"}
+_TIED: Final = (
+    "the weight is shared with the embedding, and would be stored twice; a recipe can quantise it"
+)
 _EVEN_STEPS: Final = ("entropy", "mse")
 """Ranges that are chosen for codes at even distances."""
 
@@ -188,12 +192,22 @@ def _options(linear: Linear, config: CompileConfig, scheme: Scheme, target: Targ
     rule = config.recipe.rule_for(linear.name)
     if rule.precision == "float":
         return Options(("float",), "recipe")
-    label = _NAMED.get(rule.precision or "")
+    decomposed = scheme.labels == ("llm-int8",) and rule.precision is None
+    label = "llm-int8" if decomposed else _NAMED.get(rule.precision or "")
     if label is not None:
+        refusal = target.refusal(linear.in_features, linear.out_features)
+        if decomposed and refusal is not None:
+            return Options(("float",), f"no int8 kernel of {target.name} takes it: {refusal}")
         if target.capability("MatMul", label) is None:
             raise ConfigError(f"{target.name} has no kernel for {rule.precision} ({linear.name})")
         if label == "split" and not can_split(linear.in_features):
             raise ConfigError(f"{linear.name} has too few input channels to be split")
+        if label == "llm-int8" and refusal is not None:
+            raise ConfigError(f"{target.name} has no int8 kernel for {linear.name}: {refusal}")
+        if decomposed and linear.tied:
+            return Options(("float",), _TIED)
+        if decomposed:
+            return Options((label, "float"), _scheme_reason(linear, scheme))
         return Options((label,), "recipe")
     if not _has_mode(rule, scheme):
         labels = tuple(k for k in scheme.labels if target.capability("MatMul", k) is not None)
@@ -217,7 +231,11 @@ def _options(linear: Linear, config: CompileConfig, scheme: Scheme, target: Targ
         wanted = tuple(_FP8_OF[mode] for mode in asked if mode in _FP8_OF)
     modes = tuple(mode for mode in wanted if target.capability("MatMul", mode) is not None)
     if not modes and rule.precision == "fp8":
-        raise ConfigError(f"{target.name} has no kernel for fp8 ({linear.name})")
+        why = target.scheme_obstacle("fp8")
+        raise ConfigError(
+            f"{target.name} has no kernel for fp8 ({linear.name})" + (f": {why}" if why else ""),
+            hint="w8a8 and float are what the recipe can say there",
+        )
     if not modes:
         of = f"{asked[0]} activations" + (" in fp8" if fp8 else "")
         return Options(("float",), f"{target.name} has no kernel for {of}")
@@ -233,11 +251,7 @@ def _options(linear: Linear, config: CompileConfig, scheme: Scheme, target: Targ
         # The mode chosen for accuracy, in the place where an error is least forgiven.
         modes = tuple(mode for mode in modes if Choice(mode, "").mode != "token")
         if not modes:
-            return Options(
-                ("float",),
-                "the weight is shared with the embedding, and would be stored twice; "
-                "a recipe can quantise it",
-            )
+            return Options(("float",), _TIED)
     if rule.activations is not None:
         return Options(modes, "recipe")
     further = _further(linear, config, scheme, target)

@@ -84,9 +84,22 @@ def page(report: Report, ranges: Ranges) -> str:
     )
 
 
+def incomparable(reports: Sequence[Report]) -> list[str]:
+    """What has to be known before the figures of artifacts are compared, in sentences."""
+    notes = []
+    if len({report.model for report in reports}) > 1:
+        notes.append("these are of different models; ops are matched by their paths")
+    if len({(report.calibration, report.held_back) for report in reports}) > 1:
+        notes.append(
+            "accuracy was measured on different data, named in the last row of figures, so those "
+            "figures are not to be compared"
+        )
+    return notes
+
+
 def comparison(reports: Sequence[tuple[str, Report]]) -> str:
     """The page that shows several artifacts side by side, by the names given."""
-    facts = [headline(report) for _, report in reports]
+    facts = [{"model": report.model, **headline(report)} for _, report in reports]
     names = dict.fromkeys(op.name for _, report in reports for op in report.ops)
     by_name = [{op.name: op for op in report.ops} for _, report in reports]
     with styled():
@@ -94,6 +107,7 @@ def comparison(reports: Sequence[tuple[str, Report]]) -> str:
     return _template("comparison.html.j2").render(
         reports=reports,
         models=list(dict.fromkeys(report.model for _, report in reports)),
+        notes=incomparable([report for _, report in reports]),
         facts={
             fact: [one.get(fact) for one in facts]
             for fact in dict.fromkeys(

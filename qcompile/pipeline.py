@@ -20,9 +20,11 @@ from qcompile.calibration.data import CalibrationData, check_calibration_path, l
 from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
+from qcompile.checkpoints.scheme import check_traced
 from qcompile.choosing import decide, scheme_choice
 from qcompile.codes import find_codes
 from qcompile.config import CompileConfig
+from qcompile.correction import correct_linears
 from qcompile.errors import ConfigError, VerificationError
 from qcompile.gradients import Importance
 from qcompile.joining import plan_joins
@@ -31,16 +33,21 @@ from qcompile.last import keep_last
 from qcompile.limits import (
     broken_limits,
     check_cache_bits,
+    check_edge,
     check_limits,
     check_plan_paths,
+    check_seq_len,
     check_target,
     incomparable,
 )
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
 from qcompile.options import find_options, needs_ranges, require_any, scales_channels
+from qcompile.ort_format import write_ort
 from qcompile.passes.attention_3d import AttentionTo3D
 from qcompile.passes.canonical_linear import CanonicalLinear
+from qcompile.passes.correct_bias import CorrectBias
+from qcompile.passes.fold_affine import FoldAffine
 from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_gelu import FuseGelu
 from qcompile.passes.fuse_layer_norm import FuseLayerNorm
@@ -48,6 +55,7 @@ from qcompile.passes.fuse_rms_norm import FuseRmsNorm
 from qcompile.passes.join_products import JoinProducts
 from qcompile.passes.kv_cache import KvCache
 from qcompile.passes.outer_product import OuterProduct
+from qcompile.passes.permute_channels import PermuteChannels
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.untie import Untie
@@ -84,6 +92,7 @@ def canonicalize(kept: Collection[str] = ()) -> list[ir.passes.InPlacePass]:
         FuseAttention(),
         AttentionTo3D(),
         CanonicalLinear(kept),
+        FoldAffine(kept),
     ]
 
 
@@ -108,6 +117,7 @@ def compile_model(
         QcompileError: anything that cannot be done; nothing is left at `output` then.
     """
     chosen_target, config = checked(target, scheme, calibration, config)
+    check_seq_len(source, calibration, config)
     with staged(output, overwrite=overwrite) as (folder, work):
         shared = Shared(source, calibration, work)
         report = compile_shared(
@@ -163,6 +173,7 @@ def checked(
     if not scheme.quantizes and config.plans:
         raise ConfigError(f"scheme {scheme.name} plans nothing, so {config.plans[0]} has no effect")
     check_target(chosen_target, scheme, config)
+    check_edge(chosen_target, config)
     if scheme.method is not None:
         config = config.model_copy(update={"method": scheme.method})
     if scheme.cache_bits is not None:
@@ -183,10 +194,15 @@ def compile_shared(
     phases: Phases,
 ) -> Report:
     """Compile into `folder`, which is there and empty; what `shared` lacks is added to it."""
+    if target.tensors:
+        from qcompile.edge.pipeline import compile_edge  # it is made of the same phases as this
+
+        return compile_edge(shared, target, target_spec, scheme, config, folder, phases)
     work = shared.work
     with phases.phase("trace"):
-        model = shared.model or _traced(shared.source, config, work)
+        model = shared.model or traced(shared.source, config, work)
         shared.model = model
+        check_traced(scheme, model)
         check_limits(config, model)
         traced_path = work / "traced.onnx"
 
@@ -202,7 +218,7 @@ def compile_shared(
     planned_path = lowered((), target.floats, work / "planned.onnx") if cached else baseline_path
 
     with phases.phase("data") as step:
-        data = shared.data or _calibration_data(
+        data = shared.data or calibration_data(
             shared.calibration, model, config, scheme, work, step
         )
         shared.data = data
@@ -268,6 +284,10 @@ def compile_shared(
     if scheme.cache_bits is not None:
         with phases.phase("cache") as step:
             cache = plan_cache(smoothed, scheme.cache_bits, data.calibration, work, progress=step)
+    if config.bias_correction:
+        with phases.phase("correct") as step:
+            correction = correct_linears(graph, plan, data.calibration, work, progress=step)
+        run(graph, [CorrectBias(correction)])
     run(graph, [Quantize(plan)])
 
     with phases.phase("lower"):
@@ -302,6 +322,8 @@ def compile_shared(
         sqnr = measure_sqnr(smoothed, path, plan, data.held_back[0], work)
         if config.last_logits:
             keep_last(graph, path, target, data.held_back[0])
+        if config.format == "ort" and target.ort_style is not None:
+            write_ort(path, target.ort_style, data.held_back[0])
 
     report = make_report(
         model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases,
@@ -314,7 +336,7 @@ def compile_shared(
     return report
 
 
-def _traced(source: frontend.Source, config: CompileConfig, work: Path) -> TracedModel:
+def traced(source: frontend.Source, config: CompileConfig, work: Path) -> TracedModel:
     model = frontend.load(source, config, work)
     check_shapes(config.shapes, model)
     stored = model.checkpoint.weights if model.checkpoint is not None else ()
@@ -359,16 +381,16 @@ def _apply(
     graph = model.ir.clone()
     with phases.phase("smooth"):
         run(graph, [Untie(name for name, choice in chosen.items() if choice.mode)])
-        alphas = replayed.smoothing if replayed is not None else None
+        alphas, kept = (replayed.smoothing, replayed.kept) if replayed is not None else (None, None)
         smoothing = plan_smoothing(
-            find_sites(graph.graph), stats, config, chosen, alphas, importance
+            find_sites(graph.graph), stats, config, chosen, alphas, importance, kept
         )
-        run(graph, [SmoothQuant(smoothing)])
+        run(graph, [SmoothQuant(smoothing), PermuteChannels(smoothing)])
         graph = spill(graph, work, stem)
         release(model.ir)
     with phases.phase("quantize") as step:
         codes = find_codes(
-            graph, chosen, stats, smoothing, config, data.calibration, work, progress=step
+            graph, chosen, stats, smoothing, config, data.calibration, work, step, kept
         )
         plan = plan_precision(
             find_sites(graph.graph), stats, smoothing, chosen, config, target, codes=codes,
@@ -378,7 +400,7 @@ def _apply(
     return graph, smoothing, plan
 
 
-def _calibration_data(
+def calibration_data(
     given: Calibration,
     model: TracedModel,
     config: CompileConfig,
@@ -395,7 +417,8 @@ def _calibration_data(
         model = dataclasses.replace(model, kind="other")
         config = config.model_copy(update={"samples": 4})
     data = generate_calibration(model, session, config, progress=step)
-    if scheme.keeps and scheme.cache_bits is None:
+    if scheme.cache_bits is None and (scheme.keeps or not scheme.quantizes):
+        # Nothing was calibrated, so the warning is of the figures alone.
         note = f"accuracy was measured on {data.origin}, not on real data; give --calibration"
         return dataclasses.replace(data, warnings=(note,))
     return data

@@ -23,8 +23,9 @@ PLAN: Final = "plan.json"
 
 
 class PlanFile(pydantic.BaseModel):
-    """Implementation by op, α by site (None: not smoothed; a site left out is searched), and the
-    ranges and methods that a recipe gave ops.
+    """Implementation by op, α by site (None: not smoothed; a site left out is searched), the
+    ranges and methods that a recipe gave ops, and the input channels that stay in float: by site
+    where all its ops share them (llm-int8), by op where each has its own (spqr).
 
     With the same model, scheme, calibration data, `ranges`, blocks and versions, a replay gives the
     same graph, bit for bit.
@@ -39,6 +40,7 @@ class PlanFile(pydantic.BaseModel):
     smoothing: dict[str, Annotated[float, pydantic.Field(ge=0, le=1)] | None]
     ranges: dict[str, RangeMethod] = {}
     methods: dict[str, Method] = {}
+    kept: dict[str, list[Annotated[int, pydantic.Field(ge=0)]]] = {}
 
     @classmethod
     def of(
@@ -52,6 +54,12 @@ class PlanFile(pydantic.BaseModel):
         """From the decisions of one compilation."""
         ranges = {op.name: recipe.rule_for(op.name).ranges for op in plan.ops}
         methods = {op.name: recipe.rule_for(op.name).method for op in plan.ops}
+        kept = {entry.site: entry.kept for entry in smoothing.entries if entry.kept is not None}
+        kept |= {
+            op.name: op.weight.kept.channels
+            for op in plan.ops
+            if not op.coded and op.weight is not None and op.weight.kept is not None
+        }
         return cls(
             target=target,
             scheme=scheme,
@@ -59,6 +67,7 @@ class PlanFile(pydantic.BaseModel):
             smoothing={entry.site: entry.alpha for entry in smoothing.entries},
             ranges={name: method for name, method in ranges.items() if method is not None},
             methods={name: method for name, method in methods.items() if method is not None},
+            kept={name: channels.tolist() for name, channels in kept.items()},
         )
 
     @property
@@ -94,13 +103,25 @@ class PlanFile(pydantic.BaseModel):
             ConfigError: the plan is for another model, or asks for what an op cannot become.
         """
         different = sorted(set(self.ops) ^ set(options))
-        different = different or sorted(set(self.smoothing) - {site.name for site in sites})
+        named = {site.name for site in sites}
+        different = different or sorted(set(self.smoothing) - named)
+        different = different or sorted(set(self.kept) - named - set(options))
         if different:
-            where = "the plan" if different[0] in {*self.ops, *self.smoothing} else "the model"
+            where = (
+                "the plan"
+                if different[0] in {*self.ops, *self.smoothing, *self.kept}
+                else "the model"
+            )
             raise ConfigError(f"the plan is for another model: {different[0]} is only in {where}")
         for site in sites:
             for linear in site.linears:
                 label = self.ops[linear.name]
+                outside = [c for c in self.kept.get(linear.name, ()) if c >= linear.in_features]
+                outside += [c for c in self.kept.get(site.name, ()) if c >= site.channels]
+                if outside:
+                    raise ConfigError(
+                        f"{linear.name} has no input channel {outside[0]}, as the plan has it"
+                    )
                 absent = label != "float" and target.capability("MatMul", label) is None
                 if absent or (label == "split" and not can_split(site.channels)):
                     raise ConfigError(f"{linear.name} cannot be {label}, as the plan has it")

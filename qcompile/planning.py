@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from qcompile.calibration.ranges import static_range
 from qcompile.calibration.stats import Stats
 from qcompile.config import CompileConfig
+from qcompile.decomposition import without
 from qcompile.e4m3 import e4m3_scale, quantize_e4m3
 from qcompile.float4 import BLOCK_SIZE, as_float4, quantize_float4
 from qcompile.linears import Linear, Site
@@ -19,6 +21,7 @@ from qcompile.precision import (
     ActivationQuant,
     Choice,
     Floats,
+    Kept,
     OpPlan,
     PrecisionPlan,
     QuantizedWeight,
@@ -27,7 +30,7 @@ from qcompile.precision import (
     uint8_symmetric,
 )
 from qcompile.rounding import rounding_of
-from qcompile.smoothing import SmoothingPlan
+from qcompile.smoothing import Smoothing, SmoothingPlan
 from qcompile.targets.base import Target
 from qcompile.weight_blocks import quantize_blocks
 from qcompile.weights import Neighbours, quantize_weight
@@ -71,11 +74,18 @@ def plan_precision(
         quantized = [linear for linear in site.linears if chosen[linear.name].mode is not None]
         activation = neighbours = None
         if quantized:
+            entry = smoothing.of(site.name)
             seen = stats[site.name].scaled(smoothing.scale_of(site.name))
+            if entry is not None and entry.permutation is not None:
+                seen = seen.permuted(entry.permutation.order)
             activation = plan_activation(
                 site, quantized[0], chosen, seen, config, symmetric=target.symmetric
             )
+            if entry is not None and entry.kept is not None:
+                activation = dataclasses.replace(activation, kept=entry.places)
             split, moment, gram = activation.split, seen.second_moment, seen.gram
+            if activation.kept is not None:
+                gram = without(gram, activation.kept)
             if split is not None:
                 moment = split.extend(moment, split.copies**2)
                 gram = split.extended_gram(gram, site.channels)
@@ -90,12 +100,17 @@ def plan_precision(
             elif choice.mode is not None:
                 assert activation is not None
                 exact = weights(linear)
+                rounded, kept = exact, None
+                if activation.split is not None:
+                    rounded = activation.split.extend(exact)
+                elif activation.kept is not None:
+                    kept = Kept(activation.kept, exact[activation.kept].astype(np.float32))
+                    rounded = exact.copy()
+                    rounded[kept.channels] = 0
                 weight = quantize_weight(
-                    exact if activation.split is None else activation.split.extend(exact),
-                    moment,
-                    activation.highest if target.saturates else None,
-                    neighbours,
+                    rounded, moment, activation.highest if target.saturates else None, neighbours
                 )
+                weight = dataclasses.replace(weight, kept=kept)
             elif codes is not None and linear.name in codes:
                 weight = codes[linear.name]
             elif (kind := as_float4(choice.precision)) is not None:
@@ -115,7 +130,7 @@ def plan_precision(
                     name=linear.name,
                     site=site.name,
                     precision=choice.precision,
-                    reason=choice.reason,
+                    reason=_reason(choice, weight, smoothing.of(site.name)),
                     in_features=linear.in_features,
                     out_features=linear.out_features,
                     output=str(linear.output.name),
@@ -125,6 +140,15 @@ def plan_precision(
         if progress:
             progress(done + 1, len(sites))
     return PrecisionPlan(tuple(site_plans), tuple(ops), target.floats)
+
+
+def _reason(choice: Choice, weight: QuantizedWeight | None, entry: Smoothing | None) -> str:
+    """That of the choice, and of what it became where that is something else."""
+    if choice.label == "llm-int8" and entry is not None:
+        return f"{choice.reason}; {entry.reason}"
+    if weight is not None and weight.kept is not None:
+        return f"{choice.reason}; {len(weight.kept.channels)} input channels stay in float"
+    return choice.reason
 
 
 def float_plan(sites: list[Site], reason: str, floats: Floats = "float32") -> PrecisionPlan:

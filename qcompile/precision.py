@@ -29,10 +29,12 @@ Label: TypeAlias = Literal[
     "fp8-static",
     "nf4",
     "fp4",
+    "llm-int8",
 ]
 """An implementation that can be chosen for an op; a mode stands for INT8 in that mode, ``split``
 for static INT8 with outlier channels on several channels each (`qcompile.outliers`), ``fp8`` for
-e4m3 (`qcompile.e4m3`), activations per token."""
+e4m3 (`qcompile.e4m3`), activations per token, ``llm-int8`` for INT8 per token with outlier channels
+in float beside it (`qcompile.decomposition`)."""
 
 Floats: TypeAlias = Literal["float32", "float16"]
 """The type of what stays floating point."""
@@ -41,10 +43,23 @@ FLOAT_BYTES: Final[dict[Floats, int]] = {"float32": 4, "float16": 2}
 
 LABELS: Final[tuple[Label, ...]] = get_args(Label)
 MODES: Final[tuple[Activations, ...]] = get_args(Activations)
-INT8: Final[tuple[Label, ...]] = (*MODES, "split")
+INT8: Final[tuple[Label, ...]] = (*MODES, "split", "llm-int8")
 FP8: Final[tuple[Label, ...]] = ("fp8", "fp8-static")
 CODED: Final[tuple[Label, ...]] = (*INT8, *FP8)
 """The labels that quantise an op's activation; ops that read one activation agree on it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Input channels whose weights stay in float, in a narrow product beside that of the codes.
+
+    Attributes:
+        channels: int64 [k], ascending. The codes stand for zeros there.
+        weight: float32 [k, N].
+    """
+
+    channels: Array
+    weight: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +74,8 @@ class ActivationQuant:
             outlier channels included.
         split: outlier channels and how often they are copied, or None.
         fp8: whether codes are e4m3; `highest` means nothing then.
+        kept: int64 [k], channels that stay in float, ascending; None: none do. They come divided
+            by so much that no scale is theirs (`qcompile.decomposition`).
     """
 
     mode: Activations
@@ -67,10 +84,13 @@ class ActivationQuant:
     highest: Array
     split: Split | None = None
     fp8: bool = False
+    kept: Array | None = None
 
     @property
     def label(self) -> Label:
         """The implementation of the ops that read it."""
+        if self.kept is not None:
+            return "llm-int8"
         if self.fp8:
             return "fp8-static" if self.mode == "static" else "fp8"
         return self.mode if self.split is None else "split"
@@ -91,6 +111,7 @@ class QuantizedWeight:
         offset: float32 of the shape of `scale`, in blocks that divide K: what is added to every
             weight of a block, for formats whose zero is no code (GGUF's Q4_K); None: nothing.
         table: float32 [2^bits], what the codes are indices of; None: they are the values.
+        kept: rows that are float; None: all are codes.
     """
 
     codes: Array
@@ -101,6 +122,7 @@ class QuantizedWeight:
     order: Array | None = None
     offset: Array | None = None
     table: Array | None = None
+    kept: Kept | None = None
 
     def dequantized(self) -> Array:
         """The float32 weight [K, N] that the codes stand for, rows in the order of the input."""
@@ -112,7 +134,11 @@ class QuantizedWeight:
         result *= self._of_rows(self.scale)
         if self.offset is not None:
             result += self._of_rows(self.offset)
-        return result if self.order is None else result[np.argsort(self.order)]
+        if self.order is not None:
+            result = result[np.argsort(self.order)]
+        if self.kept is not None:
+            result[self.kept.channels] = self.kept.weight
+        return result
 
     def _of_rows(self, values: Array) -> Array:
         if self.block_size is None:
@@ -133,7 +159,7 @@ class Choice:
         """How its activation is quantised, or None where it stays in float."""
         if self.label == "static" or self.label == "dynamic" or self.label == "token":
             return self.label
-        if self.label == "fp8":
+        if self.label in ("fp8", "llm-int8"):
             return "token"
         return "static" if self.label in ("split", "fp8-static") else None
 
@@ -248,6 +274,8 @@ class PrecisionPlan:
                 "shape": [op.in_features, op.out_features],
                 "site": op.site,
             }
+            if op.weight is not None and op.weight.kept is not None:
+                row["kept"] = op.weight.kept.channels.tolist()
             site = modes.get(op.site)
             if op.coded and site is not None:
                 row["activations"] = site.activation.mode

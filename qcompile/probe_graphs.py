@@ -20,6 +20,7 @@ from qcompile.precision import (
     ActivationQuant,
     Choice,
     Floats,
+    Kept,
     Label,
     OpPlan,
     PrecisionPlan,
@@ -34,6 +35,8 @@ long they take."""
 
 _OUTLIERS, _COPIES = 4, 4
 """Of a split that is timed: a usual one."""
+_KEPT = 64
+"""One of as many input channels stays in float where that is timed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +141,17 @@ def plan_of(model: ir.Model, label: Label, floats: Floats) -> PrecisionPlan:
     if label == "split":
         split = Split(np.arange(_OUTLIERS), max(1, min(_COPIES, len(codes) // 8 // _OUTLIERS)))
         codes = split.extend(codes)
+    kept = None
+    if label == "llm-int8":
+        channels = np.arange(0, len(codes), _KEPT)
+        kept = Kept(channels, np.ones((len(channels), codes.shape[1]), np.float32))
+        codes = codes.copy()
+        codes[channels] = 0
     for linear in linears:
         depth, width = linear.in_features, linear.out_features
         size = BLOCK_SIZE if precision in BITS else None
         scale = np.full((-(-depth // size), width) if size else width, 0.01, np.float32)
-        weight = QuantizedWeight(codes, scale, size, bits)
+        weight = QuantizedWeight(codes, scale, size, bits, kept=kept)
         if (kind := as_float4(label)) is not None:
             weight = quantize_float4(codes.astype(np.float32), kind)
         name = linear.name
@@ -158,6 +167,7 @@ def plan_of(model: ir.Model, label: Label, floats: Floats) -> PrecisionPlan:
                 np.full(len(codes), 255),
                 split,
                 fp8=precision == "fp8",
+                kept=kept.channels if kept is not None else None,
             )
             sites.append(SitePlan(str(x.name), str(x.name), activation, tuple(names)))
     return PrecisionPlan(tuple(sites), tuple(ops), floats)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qcompile.artifact import PAGE, RECORD, REPORT, read_record, sha256, write_record
 from qcompile.errors import ConfigError, ModelError, OutputError
-from qcompile.page import comparison, page
+from qcompile.page import comparison, incomparable, page
 from qcompile.ranges import RANGES, Ranges
 from qcompile.report import Report, read_json
 from qcompile.svg import COLORS
@@ -33,8 +33,11 @@ def draw_again(folder: Path) -> Path:
     return path
 
 
-def draw_to(output: Path, folders: Sequence[Path]) -> None:
+def draw_to(output: Path, folders: Sequence[Path]) -> list[str]:
     """Write the page of one artifact, or the comparison of several, to `output`.
+
+    Returns:
+        What has to be known before they are compared, in sentences.
 
     Raises:
         ModelError: no artifact, or one that is damaged.
@@ -59,6 +62,7 @@ def draw_to(output: Path, folders: Sequence[Path]) -> None:
             names = [str(folder) for folder in folders]
         text = comparison([(n, report) for n, (report, _) in zip(names, kept, strict=True)])
     output.write_text(text, encoding="utf-8")
+    return incomparable([report for report, _ in kept])
 
 
 def _read(folder: Path) -> tuple[Report, Ranges]:

@@ -120,7 +120,7 @@ class OpRow(_Model):
     `sqnr_db` compares the op's output with the float graph's, so it holds the errors of all ops
     before it too. `saturation_safe` says whether no input can overflow the 16-bit sums of a
     kernel without VNNI: ``always``, ``calibrated range`` or ``no``. `label` is what was chosen,
-    `bytes` are those of the weight as it is stored.
+    `bytes` are those of the weight as it is stored, `kept` of its input channels stay in float.
     """
 
     name: str
@@ -129,10 +129,38 @@ class OpRow(_Model):
     shape: tuple[int, int]
     label: Label | None = None
     bytes: int | None = None
+    kept: int | None = None
     candidates: list[CandidateRow] = []
     kernel: str | None = None
     sqnr_db: float | None = None
     saturation_safe: str | None = None
+
+
+class UnitRow(_Model):
+    """One op of a graph whose tensors have codes, and the output that it leaves.
+
+    Attributes:
+        name: by its module.
+        op: its type.
+        codes: type of the codes in and out; None: it stays in float.
+        reason: why.
+        scale, zero_point: of its output.
+        range: that the scale was drawn from.
+        predicted_db: SQNR of rounding its output alone, from calibration.
+        sqnr_db: of its output against the float graph's, with the errors of all ops before it.
+        weights: type of the weight's codes, and how many scales it has; None: it has no weight.
+    """
+
+    name: str
+    op: str
+    codes: str | None
+    reason: str
+    scale: float | None = None
+    zero_point: int | None = None
+    range: tuple[float, float] | None = None
+    predicted_db: float | None = None
+    sqnr_db: float | None = None
+    weights: str | None = None
 
 
 class LeftoverRow(_Model):
@@ -220,6 +248,8 @@ class Report(_Model):
     sites: list[SiteRow] = []
     ops: list[OpRow] = []
     leftovers: list[LeftoverRow] = []
+    units: list[UnitRow] = []
+    """Ops of any kind, where all tensors between them may have codes."""
     planning: Planning | None = None
     seconds: dict[str, float] = {}
 
@@ -232,7 +262,9 @@ class Report(_Model):
     def summary(self) -> dict[str, Any]:
         """What `--json` prints."""
         return {
-            **self.model_dump(exclude={"sites", "ops", "leftovers", "kernels", "planning"}),
+            **self.model_dump(
+                exclude={"sites", "ops", "units", "leftovers", "kernels", "planning"}
+            ),
             "ops_by_precision": self.ops_by_precision,
         }
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from qcompile.calibration.data import CalibrationData
 from qcompile.calibration.stats import Stats, Summary
-from qcompile.choosing import Decision, weight_bytes
+from qcompile.choosing import Decision, kept_bytes, weight_bytes
 from qcompile.config import CompileConfig
 from qcompile.explaining import candidate_rows, planning_row
 from qcompile.leftovers import find_leftovers
@@ -50,7 +50,7 @@ def make_report(
     cache: Cache | None = None,
 ) -> Report:
     """The report of one compilation; sizes are filled in when the artifact is complete."""
-    warnings = list(data.warnings) if scheme.calibrates else []
+    warnings = list(data.warnings)
     if target.caveat:
         warnings.append(target.caveat)
     nothing = incomparable(target, scheme, config)
@@ -150,6 +150,7 @@ def _op_row(
         shape=(op.in_features, op.out_features),
         label=plan.label(op),
         bytes=_bytes(op, linear, plan),
+        kept=_kept(op),
         candidates=candidates,
         kernel=findings.kernels.by_name.get(op.name),
         sqnr_db=sqnr.get(op.name),
@@ -157,19 +158,27 @@ def _op_row(
     )
 
 
+def _kept(op: OpPlan) -> int | None:
+    weight = op.weight
+    return len(weight.kept.channels) if weight is not None and weight.kept is not None else None
+
+
 def _bytes(op: OpPlan, linear: Linear, plan: PrecisionPlan) -> int:
     weight = op.weight
     if weight is None:
         return weight_bytes(linear, plan.label(op), plan.floats)
+    kept = 0
+    if weight.kept is not None:
+        kept = kept_bytes(len(weight.kept.channels), op.out_features, plan.floats)
     if weight.block_size is None:
         # Copies of outlier channels included.
-        return weight.codes.nbytes + weight.scale.nbytes
+        return weight.codes.nbytes + weight.scale.nbytes + kept
     blocks, width = weight.scale.shape
     size: int = blocks * weight.block_size * width * weight.bits // 8  # the last block is padded
     if weight.zero_point is not None:
         size += -(-blocks * weight.bits // 8) * width
     floats = weight.scale.size + (weight.offset.size if weight.offset is not None else 0)
-    return size + floats * FLOAT_BYTES[plan.floats]
+    return size + floats * FLOAT_BYTES[plan.floats] + kept
 
 
 def _saturation(op: OpPlan, plan: PrecisionPlan) -> str | None:

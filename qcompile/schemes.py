@@ -7,7 +7,7 @@ from typing import Final
 
 from qcompile.config import Activations
 from qcompile.errors import ConfigError
-from qcompile.methods import METHODS, Method
+from qcompile.methods import METHODS, UNAVAILABLE, Method
 from qcompile.precision import FP8, MODES, Choice, Floats, Label
 
 DEFAULT: Final = "w8a8"
@@ -85,6 +85,7 @@ SCHEMES: Final = {
         Scheme("fp32", "traced and fused, nothing quantised: the baseline", floats="float32"),
         Scheme("fp16", "as fp32, in float16: the baseline on a GPU", floats="float16"),
         Scheme("w8a8", "int8 weights per output channel, 8-bit activations, SmoothQuant", MODES),
+        Scheme("llm-int8", "as w8a8 per token, outlier channels in float beside it", ("llm-int8",)),
         Scheme("fp8", "e4m3 weights per output channel, e4m3 activations, SmoothQuant", FP8),
         Scheme("w8a16", "int8 weights in blocks, activations in float", ("weight8",)),
         Scheme("w4a16", "int4 weights in blocks, activations in float", ("weight4",)),
@@ -117,11 +118,17 @@ def get_scheme(name: str) -> Scheme:
     scheme = SCHEMES.get(whole.removesuffix(suffix))
     if scheme is None:
         hint = f"one of {', '.join(SCHEMES)}; {' or '.join(CACHES)} may follow"
+        if name in METHODS:
+            hint = f"a method follows a scheme: w4a16:{name}"
         raise ConfigError(f"unknown scheme {name!r}", hint=hint)
     if method == "dq" and scheme.labels in (("nf4",), ("fp4",)):
         raise ConfigError(
             "double quantisation of the scales: ONNX Runtime's MatMulBnb4 takes them as floats",
             hint=f"{scheme.name} has 4.5 bits a weight in blocks of 64; --block-size 128 has 4.25",
+        )
+    if scheme.has_methods and method in UNAVAILABLE:
+        raise ConfigError(
+            f"{method}: {UNAVAILABLE[method]}", hint=f"{whole}:spqr keeps whole input channels"
         )
     known = next((each for each in METHODS if each == method), None)
     if colon and not scheme.has_methods:

@@ -30,7 +30,7 @@ from qcompile.linears import Linear
 from qcompile.outliers import Split
 from qcompile.planning import weight_of
 from qcompile.precision import ActivationQuant, Label, OpPlan, PrecisionPlan
-from qcompile.traced import Kind
+from qcompile.traced import LOGITS, Kind
 
 Tensor: TypeAlias = torch.Tensor
 Array: TypeAlias = npt.NDArray[Any]
@@ -43,7 +43,7 @@ _BLOCK_LEVELS: Final = 127
 
 def unit_of(kind: Kind) -> str:
     """What damage is measured in."""
-    if kind in ("text-generation", "text-classification"):
+    if kind in LOGITS:
         return "KL"
     return "1 − cosine" if kind == "feature-extraction" else "relative squared error"
 
@@ -145,6 +145,12 @@ def quantized_activation(
     if activation.fp8:
         step = activation.scale or x.abs().amax(-1, keepdim=True).clamp_min(1e-20) / LARGEST
         return rounded(x / step) * step
+    if activation.kept is not None:
+        kept = torch.from_numpy(activation.kept)
+        rest = x.index_fill(-1, kept, 0.0)
+        scale = rest.abs().amax(-1, keepdim=True).clamp_min(1e-20) / 127.0
+        codes = (rest / scale).round() * scale
+        return codes.index_copy(-1, kept, x.index_select(-1, kept))
     if activation.mode == "token":
         scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-20) / 127.0
         return (x / scale).round().clamp(-128, 127) * scale

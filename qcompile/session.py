@@ -57,6 +57,7 @@ def open_session(
     *,
     optimised_to: Path | None = None,
     exact: bool = False,
+    optimised: bool = True,
     planned: bool = True,
     spinning: bool = True,
 ) -> ort.InferenceSession:
@@ -67,6 +68,7 @@ def open_session(
         runtime: the providers, and what they need; default the CPU.
         optimised_to: where ONNX Runtime writes the graph it really runs.
         exact: integer kernels that do not saturate, whatever the CPU; slower.
+        optimised: whether ONNX Runtime may rewrite the graph, as by default.
         planned: reserve each feed shape's activations as one block, as by default; without, a
             graph of many outputs takes less memory.
         spinning: threads wait busily for the next op, as by default. Two sessions that run in turn
@@ -78,6 +80,8 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what it logs as an error it raises too
     options.enable_mem_pattern = planned
+    if not optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimised_to is not None:
         options.optimized_model_filepath = str(optimised_to)
         # Inline weights would meet protobuf's limit of 2 GB, and fill memory well before it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -14,10 +14,12 @@ from qcompile.awq import ALPHAS as AWQ_ALPHAS
 from qcompile.awq import awq_errors, awq_scale
 from qcompile.calibration.stats import Stats
 from qcompile.config import CompileConfig, Smooth
+from qcompile.decomposition import find_outliers, scale_away, why_these
 from qcompile.gradients import Importance
 from qcompile.linears import Linear, Site
 from qcompile.methods import FOLDED
 from qcompile.noise import WeightMoments, output_error
+from qcompile.permuting import Permutation, find_permutable, last_places
 from qcompile.precision import Choice
 from qcompile.producers import Producer, Refusal, find_producer, inserted_mul
 from qcompile.rounding import Rounding, rounding_of
@@ -48,6 +50,8 @@ class Smoothing:
         producer: what takes 1 / s.
         producer_scale: s as the producer's output channels see it.
         consumers: names of the Linears whose weight rows are multiplied by s.
+        kept: int64 [k], channels that stay in float, which s divides out, or None.
+        permutation: what puts them last, or None.
     """
 
     site: str
@@ -57,6 +61,16 @@ class Smoothing:
     producer: Producer | None = None
     producer_scale: Array | None = None
     consumers: tuple[str, ...] = ()
+    kept: Array | None = None
+    permutation: Permutation | None = None
+
+    @property
+    def places(self) -> Array | None:
+        """Where the kept channels are in the graph that the plan was applied to."""
+        if self.kept is None or self.permutation is None:
+            return self.kept
+        width = len(self.scale)
+        return np.arange(width - len(self.kept), width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +92,12 @@ class SmoothingPlan:
         """The decision for `site`, or None where there is none."""
         return next((entry for entry in self.entries if entry.site == site), None)
 
+    @property
+    def in_place(self) -> SmoothingPlan:
+        """The same, all channels left where they are."""
+        entries = (dataclasses.replace(entry, permutation=None) for entry in self.entries)
+        return SmoothingPlan(tuple(entries))
+
     def scale_of(self, site: str) -> Array:
         """s of `site`, [channels].
 
@@ -97,6 +117,7 @@ def plan_smoothing(
     chosen: Mapping[str, Choice],
     replayed: Mapping[str, float | None] | None = None,
     importance: Importance | None = None,
+    kept: Mapping[str, Sequence[int]] | None = None,
 ) -> SmoothingPlan:
     """Decide α per site.
 
@@ -108,6 +129,7 @@ def plan_smoothing(
             weights alone are rounded by AWQ.
         replayed: α by site, of an earlier plan, in place of `smooth`.
         importance: of the channels of every Linear and site; None: all outputs count alike.
+        kept: channels that stay in float by site, of an earlier plan, in place of a search.
     """
     linears = [linear for site in sites for linear in site.linears]
     # What later folds do to a weight's output columns, by Linear. Sites are planned last to first:
@@ -119,9 +141,14 @@ def plan_smoothing(
         forced = site.name in (replayed or {})
         moments = partial(_moments, site, columns, importance)
         rounding = _folded_rounding(site, chosen, config)
-        entry = _plan_site(
-            site, linears, stats.get(site.name), smooth, forced, columns, chosen, moments, rounding
-        )
+        if any(chosen[linear.name].label == "llm-int8" for linear in site.linears):
+            given = (kept or {}).get(site.name)
+            entry = _decomposed(site, linears, stats[site.name], config, columns, given)
+        else:
+            entry = _plan_site(
+                site, linears, stats.get(site.name), smooth, forced, columns, chosen, moments,
+                rounding,
+            )  # fmt: skip
         entries.append(entry)
         producer = entry.producer
         if producer is not None and producer.kind == "linear":
@@ -195,6 +222,58 @@ def _plan_site(
         producer=producer,
         producer_scale=producer_scale,
         consumers=tuple(linear.name for linear in site.linears),
+    )
+
+
+def _decomposed(
+    site: Site,
+    linears: list[Linear],
+    stats: Stats,
+    config: CompileConfig,
+    columns: Mapping[str, Array],
+    given: Sequence[int] | None,
+) -> Smoothing:
+    """Outlier channels divided out of the way of the others, for `qcompile.decomposition`."""
+    nothing = Smoothing(site.name, None, "", np.ones(site.channels))
+    producer = find_producer(site, linears)
+    if isinstance(producer, Producer) and producer.name in columns:
+        producer = Refusal(f"{producer.name} already takes another site's scale")
+    how = "divided out where they are made"
+    if isinstance(producer, Refusal):
+        if not producer.insertable:
+            why = f"refused: {producer.reason}, so that all are in int8 per token"
+            return dataclasses.replace(nothing, reason=why)
+        how = f"divided out by a Mul of their own ({producer.reason})"
+        producer = inserted_mul(site)
+    groups = producer.channels
+    if given is None:
+        outliers = find_outliers(stats, groups, config)
+        found = why_these(stats, outliers, config)
+    else:
+        outliers = np.unique(np.array(given, np.int64))
+        found = f"{len(outliers)} of {site.channels} channels stay in float, as the plan has it"
+    if not len(outliers):
+        return dataclasses.replace(nothing, reason=f"{found}, so that all are in int8 per token")
+    scale = scale_away(stats, outliers, groups)
+    producer_scale = np.ones(producer.width)
+    producer_scale[groups] = scale
+    makers = find_permutable(site, linears)
+    order = None if isinstance(makers, str) else last_places(site.channels, outliers)
+    where = f"gathered from their places ({makers}), " if isinstance(makers, str) else (
+        "sliced, since what makes them puts them last, "
+    )  # fmt: skip
+    return Smoothing(
+        site=site.name,
+        alpha=None,
+        reason=f"{found}, {where}{how}",
+        scale=scale,
+        producer=producer,
+        producer_scale=producer_scale,
+        consumers=tuple(linear.name for linear in site.linears),
+        kept=outliers,
+        permutation=None
+        if order is None or isinstance(makers, str)
+        else Permutation(order, makers),
     )
 
 

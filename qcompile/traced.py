@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -14,8 +14,18 @@ from qcompile.checkpoints import Checkpoint
 Batch: TypeAlias = dict[str, np.ndarray]
 """One feed of a session: graph input name -> array."""
 
-Kind: TypeAlias = Literal["text-generation", "text-classification", "feature-extraction", "other"]
-"""How the outputs are compared: logits per token, logits per sequence, embeddings, anything."""
+Kind: TypeAlias = Literal[
+    "text-generation", "text-classification", "image-classification", "feature-extraction", "other"
+]
+"""How the outputs are compared: logits per token, per sequence, per image, embeddings, anything."""
+
+LOGITS: Final[frozenset[Kind]] = frozenset(
+    {"text-generation", "text-classification", "image-classification"}
+)
+"""The kinds whose outputs are distributions over classes."""
+
+POSITIONS: Final = ("max_position_embeddings", "n_positions", "n_ctx")
+"""What a Transformers configuration calls the tokens that a model has positions for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +47,7 @@ class TracedModel:
         task: optimum's task name, or ``other``.
         kind: which accuracy measure applies.
         tokenizer: the model's own Transformers tokenizer, where it has one.
+        image_processor: the model's own Transformers image processor, where it has one.
         assets: files to copy into the artifact (configuration, tokenizer).
         max_length: the longest sequence the model takes, where it says so.
         example: one valid feed, where the source gave one (``file.py:factory``).
@@ -49,6 +60,7 @@ class TracedModel:
     task: str
     kind: Kind
     tokenizer: Any = None
+    image_processor: Any = None
     assets: tuple[Path, ...] = ()
     max_length: int | None = None
     example: Batch | None = None

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from qcompile.config import Activations
 from qcompile.makers import Maker
+from qcompile.ort_format import OrtStyle
 from qcompile.precision import MODES, Floats, Label, OpPlan, PrecisionPlan
 from qcompile.session import HERE, Runtime
 
@@ -48,8 +49,8 @@ class Target(abc.ABC):
     variants: tuple[str, ...] = ()
     capabilities: tuple[Capability, ...] = ()
     schemes: tuple[str, ...] = (
-        "fp32", "w8a8", "w8a16", "w4a16", "w4a8", "mixed", "zeroquant",
-        "zeroquant4", "nf4", "fp4", "checkpoint",
+        "fp32", "w8a8", "llm-int8", "w8a16", "w4a16", "w4a8", "mixed", "zeroquant", "zeroquant4",
+        "nf4", "fp4", "checkpoint",
     )  # fmt: skip
     """Names of the schemes that it runs."""
     floats: Floats = "float32"
@@ -60,6 +61,9 @@ class Target(abc.ABC):
     """The types in which it runs attention that keeps keys and values."""
     genai: str | None = None
     """Its execution provider as onnxruntime-genai names it; None: the CPU."""
+    equalizes: bool = False
+    """Whether cross-layer equalisation is applied; where weights have a scale per output channel
+    and what Linears read is smoothed, it has nothing to add."""
     joins: bool = False
     """Whether one kernel for all weight-only products of an activation is faster, of one token."""
     symmetric: bool = False
@@ -72,6 +76,9 @@ class Target(abc.ABC):
     """Labels whose Linears meet the kernel of another: one time for both."""
     converted_as: Mapping[Label, Label] = MappingProxyType({})
     """Labels whose activations are quantised by the kernel of another, as fast."""
+    tensors: bool = False
+    """Whether the tensors between any ops get codes, and not the activations of Linears alone:
+    `qcompile.edge` compiles for it then."""
     probe_bytes: int = 48 << 20
     """Bytes of float32 weights that a probe fills where it can: more than a cache holds."""
 
@@ -87,6 +94,11 @@ class Target(abc.ABC):
     @property
     def caveat(self) -> str | None:
         """What figures measured here do not say about the machine that is compiled for."""
+        return None
+
+    @property
+    def ort_style(self) -> OrtStyle | None:
+        """How its graphs are written in ONNX Runtime's own format; None: they cannot be."""
         return None
 
     @property

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -22,6 +23,7 @@ from qcompile.targets.base import Capability, Target
 from qcompile.targets.ort_cpu_cache import STORED, cached_codes_obstacle
 
 from qcompile.errors import ConfigError
+from qcompile.ort_format import OrtStyle
 from qcompile.precision import Label, OpPlan, PrecisionPlan
 from qcompile.weight_blocks import BITS
 
@@ -43,6 +45,7 @@ class OrtCpu(Target):
     variants = ("avx2", "vnni", "arm64")
     caches = ("float32",)
     joins = True
+    converted_as = MappingProxyType({"llm-int8": "token"})
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
         Capability(
@@ -68,6 +71,13 @@ class OrtCpu(Target):
         ),
         Capability(
             "MatMul",
+            "llm-int8",
+            "int8 per output channel",
+            _KERNEL,
+            "as token, outlier channels in a narrow float product beside it",
+        ),
+        Capability(
+            "MatMul",
             "weight8",
             "int8 per block of 32",
             _NBITS_KERNEL,
@@ -85,6 +95,10 @@ class OrtCpu(Target):
                 hint="one of " + ", ".join(self.variants),
             )
         self.variant = variant
+
+    @property
+    def ort_style(self) -> OrtStyle:
+        return "fused"
 
     @property
     def saturates(self) -> bool:

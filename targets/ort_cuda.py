@@ -59,8 +59,8 @@ class OrtCuda(Target):
     summary = "ONNX Runtime, CUDA provider, INT8 kernels of our own"
     variants = ("sm80", "sm89", "sm90")
     schemes = (
-        "fp32", "fp16", "w8a8", "fp8", "w8a16", "w4a16", "mixed", "zeroquant", "zeroquant4",
-        "checkpoint",
+        "fp32", "fp16", "w8a8", "llm-int8", "fp8", "w8a16", "w4a16", "mixed", "zeroquant",
+        "zeroquant4", "checkpoint",
     )  # fmt: skip
     floats = "float16"
     caches = ("float16",)
@@ -69,8 +69,8 @@ class OrtCuda(Target):
     symmetric = True
     blockwise = False
     fuses = MAKERS
-    timed_as = MappingProxyType({"static": "token", "fp8-static": "fp8"})
-    converted_as = MappingProxyType({"fp8": "token", "fp8-static": "static"})
+    timed_as = MappingProxyType({"static": "token", "fp8-static": "fp8", "llm-int8": "token"})
+    converted_as = MappingProxyType({"fp8": "token", "fp8-static": "static", "llm-int8": "token"})
     probe_bytes = 1 << 30
     saturates = False
     capabilities = (
@@ -83,6 +83,13 @@ class OrtCuda(Target):
         ),
         Capability(
             "MatMul", "static", "int8 per output channel", _KERNEL, "one scale, from calibration"
+        ),
+        Capability(
+            "MatMul",
+            "llm-int8",
+            "int8 per output channel",
+            _KERNEL,
+            "as token, outlier channels in a narrow float16 product beside it",
         ),
         Capability("MatMul", "fp8", "e4m3 per output channel", _FP8_KERNEL, "as token"),
         Capability("MatMul", "fp8-static", "e4m3 per output channel", _FP8_KERNEL, "as static"),

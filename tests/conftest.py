@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from selenium import webdriver
 
 import qcompile
 import qcompile.measuring
@@ -18,6 +19,7 @@ import qcompile.page
 import qcompile.verify
 from qcompile import cli
 from qcompile.timing import speed_ratio
+from tests.chromium import chromium
 from tests.cli_runner import Outcome, RunCli
 from tests.imagined_times import ImaginedTimes
 
@@ -146,6 +148,13 @@ def compile_cached(
         )
 
     return compile_
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """Chromium, or a skip with what to install."""
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture

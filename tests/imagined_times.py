@@ -19,6 +19,7 @@ FACTORS = {
     "static": 0.5,
     "token": 0.6,
     "split": 0.52,
+    "llm-int8": 0.65,
     "weight8": 1.5,
     "weight4": 1.2,
     "nf4": 2.0,

@@ -17,6 +17,7 @@ import transformers
 from qcompile.targets.ort_cpu import OrtCpu
 
 import qcompile
+from qcompile import benching
 from qcompile.artifact import read_sample
 from qcompile.errors import ConfigError
 from qcompile.genai import end_tokens
@@ -152,6 +153,22 @@ def test_bench_compares(
     assert (
         "512 positions, fewer than 600" in run_cli("bench", folders[0], "--new-tokens", 472).error
     )
+
+
+def test_bench_takes_no_more_memory_than_there_is(
+    compile_cached: Cached, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 layers of keys and values of 128 floats; 258 logits."""
+    folders = (compile_cached("fp32").path, compile_cached("w8a8").path)
+    words = ("--batch", 3, "--prompt-tokens", 10, "--new-tokens", 6, "--rounds", 1)
+    needed = 2 * 3 * (16 * 4 * 2 * 128 * 4 + 10 * 258 * 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(benching, "available_bytes", lambda: needed - 1)
+        error = run_cli("bench", *folders, *words).error
+        assert error.startswith("caches and logits of 3 sequences take 0.5 MB, and 0.5 MB are free")
+        patch.setattr(benching, "available_bytes", lambda: needed)
+        assert run_cli("bench", *folders, *words).status == 0
+    assert "sequences take " in run_cli("bench", folders[0], "--batch", 10_000_000).error
 
 
 def test_onnxruntime_genai_generates_the_same(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import qcompile
-from qcompile import cli
+from qcompile import cli, running
 from qcompile.methods import METHODS
 from tests.cli_runner import Outcome, RunCli
 
@@ -81,6 +81,24 @@ def test_an_interrupt_says_what_was_lost(
     assert capsys.readouterr().err == f"error: {said}\n"
 
 
+def test_a_request_to_terminate_ends_any_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def generating(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:
+            pytest.fail("taken for an error")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["qcompile", "run", "folder", "x"])
+    monkeypatch.setattr(running, "run_prompt", generating)
+    with pytest.raises(SystemExit, match="143"):
+        cli.main()
+    assert capsys.readouterr() == ("", "error: terminated\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 # What works.
 
 
@@ -136,6 +154,15 @@ def test_generated_data_is_never_silent(run_cli: RunCli, tiny_onnx: Path) -> Non
     assert "--calibration" in outcome.stderr
 
 
+def test_generated_inputs_are_told_of_where_nothing_is_calibrated(
+    run_cli: RunCli, tiny_onnx: Path
+) -> None:
+    outcome = run_cli(tiny_onnx, "--scheme", "fp32", "--seq-len", 8, "-q", "-o", "out")
+    assert outcome.status == 0
+    said = "warning: accuracy was measured on random inputs, not on real data; give --calibration\n"
+    assert outcome.stderr == said
+
+
 def test_targets(run_cli: RunCli) -> None:
     outcome = run_cli("targets")
     assert (outcome.status, outcome.stderr) == (0, "")
@@ -148,7 +175,8 @@ def test_schemes(run_cli: RunCli) -> None:
     assert (outcome.status, outcome.stderr) == (0, "")
     names = [line.split()[0] for line in outcome.stdout.splitlines()]
     schemes = [
-        "fp32", "fp16", "w8a8", "fp8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4", "checkpoint"
+        "fp32", "fp16", "w8a8", "llm-int8", "fp8", "w8a16", "w4a16", "w4a8", "mixed",
+        "zeroquant", "zeroquant4", "nf4", "fp4", "checkpoint",
     ]  # fmt: skip
     methods = [f":{method}" for method in METHODS]
     assert names == [*schemes, "Methods", *methods, "…kv8", "…kv4"]
@@ -162,6 +190,18 @@ def test_inspect(run_cli: RunCli, compiled_tiny: qcompile.Artifact) -> None:
     assert "MatMulIntegerToFloat" in outcome.stdout
     outcome = run_cli("inspect", compiled_tiny.path, "--json")
     assert json.loads(outcome.stdout) == compiled_tiny.report.model_dump(mode="json")
+
+
+def test_inspect_tells_of_files_that_were_changed(run_cli: RunCli, artifact_copy: Path) -> None:
+    assert run_cli("inspect", artifact_copy).stderr == ""
+    (artifact_copy / "tokenizer.json").write_text("{}")
+    (artifact_copy / "check.npz").unlink()
+    for words in ([], ["--json"]):
+        outcome = run_cli("inspect", artifact_copy, *words)
+        assert outcome.status == 0
+        assert outcome.stderr == (
+            "warning: check.npz, tokenizer.json: missing or changed since the artifact was made\n"
+        )
 
 
 def test_check(run_cli: RunCli, compiled_tiny: qcompile.Artifact, artifact_copy: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from qcompile import pipeline
 from qcompile.traced import Batch
 from tests.cli_runner import RunCli
 
@@ -48,33 +49,62 @@ def test_a_folder_without_a_config(run_cli: RunCli, model: Path) -> None:
     assert "has no config.json" in run_cli(model).error
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"model_type": "x"}'])
-def test_a_corrupt_config(run_cli: RunCli, model: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", " is damaged: no valid JSON"),
+        (b"{", " is damaged: no valid JSON"),
+        (b"\xff\xfe", " is damaged: no valid JSON"),
+        (b"[]", " names no model_type"),
+        (b"{}", " names no model_type"),
+        (b'{"model_type": "x"}', ": model type 'x' is none that Transformers"),
+    ],
+)
+def test_a_corrupt_config(run_cli: RunCli, model: Path, content: bytes, said: str) -> None:
     (model / "config.json").write_bytes(content)
-    assert str(model) in run_cli(model).error
+    assert f"{model / 'config.json'}{said}" in run_cli(model).error
 
 
 @pytest.mark.parametrize("keep", [0, 7, 1000, -1000])
 def test_truncated_weights(run_cli: RunCli, model: Path, keep: int) -> None:
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:keep])
-    assert "cannot be loaded" in run_cli(model).error
+    said = f"the weights of {model} are damaged or cut off (copy the files again)"
+    assert run_cli(model).error == said
 
 
 def test_missing_weights(run_cli: RunCli, model: Path) -> None:
     (model / "model.safetensors").unlink()
-    assert "cannot be loaded" in run_cli(model).error
+    assert f"{model} holds no weights" in run_cli(model).error
 
 
-def test_weights_of_another_size(run_cli: RunCli, model: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ffn_dim": 1024}, "layers.0.fc1.bias is 512, and config.json makes it 1024"),
+        ({"num_hidden_layers": 9}, "has no usable weights for model.decoder.layers.4.fc1.bias"),
+        (
+            {"num_hidden_layers": 2},
+            "has weights of more layers than its config.json says: model.decoder.layers.2.fc1.bias "
+            "and 31 more would be left out (put the number of layers right in config.json)",
+        ),
+        ({"num_attention_heads": 3}, "do not fit its configuration (Transformers says: embed_dim"),
+        ({"hidden_size": "x"}, "the configuration of {} cannot be read (Transformers says: "),
+    ],
+)
+def test_a_config_that_contradicts_the_weights(
+    run_cli: RunCli, model: Path, change: dict[str, object], said: str
+) -> None:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "ffn_dim": config["ffn_dim"] * 2}))
-    assert str(model) in run_cli(model).error
+    (model / "config.json").write_text(json.dumps(config | change))
+    assert said.format(model) in run_cli(model).error
 
 
 def test_a_corrupt_tokenizer(run_cli: RunCli, model: Path) -> None:
     (model / "tokenizer.json").write_text("{")
-    assert "cannot be loaded" in run_cli(model).error
+    assert run_cli(model).error == f"{model / 'tokenizer.json'} is damaged: no valid JSON"
+    (model / "tokenizer.json").write_text("{}")
+    assert f"the tokenizer of {model} cannot be read" in run_cli(model).error
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -117,13 +147,13 @@ def test_custom_code_is_not_run(run_cli: RunCli, model: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--target", "ort-tpu"], "unknown target 'ort-tpu' (one of ort-cpu"),
+        (["--target", "ort-tpu"], "unknown target 'ort-tpu' (one of "),
         (["--target", ""], "unknown target ''"),
         (["--target", "ort-cpu:z80"], "has no variant 'z80' (one of avx2"),
         (
             ["--scheme", "w3a3"],
-            "unknown scheme 'w3a3' (one of fp32, fp16, w8a8, fp8, w8a16, w4a16, w4a8, mixed, nf4, "
-            "fp4, checkpoint; kv8 or kv4 may follow)",
+            "unknown scheme 'w3a3' (one of fp32, fp16, w8a8, llm-int8, fp8, w8a16, w4a16, w4a8, "
+            "mixed, nf4, fp4, checkpoint; kv8 or kv4 may follow)",
         ),
         (
             ["--scheme", "w8a8kv8", "--no-cache"],
@@ -191,6 +221,20 @@ def test_a_sequence_longer_than_the_positions(
     assert "513 tokens is longer than the 512" in error
     assert "--seq-len 512" in error
     assert "longer than the 512" in run_cli(tiny_onnx, "--seq-len", 4000).error
+
+
+@pytest.mark.parametrize("text", ["calibration.txt", None])
+def test_a_sequence_that_is_too_long_is_refused_before_tracing(
+    run_cli: RunCli, tiny_opt: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    monkeypatch.setattr(pipeline, "traced", lambda *_: pytest.fail("it is traced"))
+    data = ("--calibration", tiny_opt / text) if text else ()
+    for words in (("--scheme", "w8a8"), ("--compare", "w8a8,fp32")):
+        error = run_cli(tiny_opt, "--seq-len", 100_000, *words, *data).error
+        assert error == (
+            "a sequence of 100000 tokens is longer than the 512 that tiny-opt takes "
+            "(use --seq-len 512 or less)"
+        )
 
 
 def test_a_recipe_that_matches_nothing(

@@ -59,9 +59,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 WORKING = [kind for kind in CONFIGS if kind != "bloom"]
 
 
-def save(kind: str, folder: Path) -> Any:
+def save(kind: str, folder: Path, seed: int = 0) -> Any:
     """A model whose next token depends on more than the last one, its weights being large."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = transformers.AutoConfig.for_model(kind, **CONFIGS[kind])
     make: Any = transformers.AutoModelForCausalLM.from_config
     model = make(config).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +24,7 @@ LOUD = np.full((K, N), 127, np.int8)
 QUIET = np.full((K, N), 63, np.int8)
 
 
-def in_blocks(codes: np.ndarray, **others: np.ndarray) -> QuantizedWeight:
+def in_blocks(codes: np.ndarray, **others: Any) -> QuantizedWeight:
     return QuantizedWeight(codes, np.full((2, N), 0.01, np.float32), 32, 8, **others)
 
 

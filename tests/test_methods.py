@@ -12,6 +12,7 @@ from qcompile.targets import get_target
 
 from qcompile.clipping import clipped_range
 from qcompile.config import CompileConfig, Recipe
+from qcompile.descent import damped, output_errors, refine
 from qcompile.errors import ConfigError
 from qcompile.gptq import importance_in_blocks, quantize_gptq
 from qcompile.hqq import quantize_hqq
@@ -69,6 +70,22 @@ def test_gptq_makes_up_for_what_it_rounds() -> None:
         missed(weight, found.dequantized(), x).sum()
         < 0.5 * missed(weight, nearest.dequantized(), x).sum()
     )
+
+
+@settings(max_examples=30)
+@given(seeds, bits_of_code, st.booleans())
+def test_descent_lessens_every_error(seed: int, bits: int, symmetric: bool) -> None:
+    weight, x = problem(seed, 64)
+    blocks = in_blocks(weight, 32)
+    grid = full_range(blocks, bits=bits, symmetric=symmetric)
+    codes = grid.nearest(blocks)
+    gram = damped(x.T @ x)
+    moved, found = refine(weight, grid, codes, gram, rounds=2)
+    assert found.min() >= grid.lowest and found.max() <= grid.highest
+    before = output_errors(weight, grid, codes, gram)
+    after = output_errors(weight, moved, found, gram)
+    # It is computed in float32.
+    assert (after <= before * (1 + 1e-4)).all() and after.sum() < before.sum()
 
 
 def test_gptq_of_channels_that_are_dead() -> None:

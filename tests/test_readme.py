@@ -25,7 +25,7 @@ def blocks(text: str, language: str) -> list[str]:
 def test_the_setup_installs_what_the_tests_need_and_compiles_the_example() -> None:
     setup, tests = blocks(README, "bash")[:2]
     assert "pip install -q -c constraints.txt -e '.[test]'" in setup
-    assert tests.strip().endswith("&& pytest")
+    assert tests.strip().endswith("&& pytest -n 2 --dist loadfile")
     command = shlex.split(setup.rsplit("&& ", 1)[1])
     assert command[0] == "qcompile"
     context = cli.commands["compile"].make_context("compile", command[1:])

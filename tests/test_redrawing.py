@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 import qcompile
-from qcompile.artifact import PAGE, RECORD, REPORT, damaged_files, read_record
+from qcompile.artifact import (
+    PAGE,
+    RECORD,
+    REPORT,
+    damaged_files,
+    read_record,
+    sha256,
+    write_record,
+)
 from qcompile.ranges import RANGES
 from tests.cli_runner import RunCli
 from tests.page_reader import read_page
@@ -64,6 +72,27 @@ def test_several(
     assert names == ["tiny-fp32", "tiny-w8a8"]
     count = len(compiled_tiny.report.ops)
     assert f"{count} of {count} ops differ" in tree.words
+
+
+def test_what_is_not_to_be_compared_is_said(
+    run_cli: RunCli, compiled_tiny: qcompile.Artifact, artifact_copy: Path
+) -> None:
+    assert run_cli("report", compiled_tiny.path, artifact_copy, "-o", "a.html").stderr == ""
+    record = read_record(artifact_copy)
+    report = compiled_tiny.report.model_copy(update={"calibration": "b.txt", "model": "big-opt"})
+    (artifact_copy / REPORT).write_text(report.model_dump_json())
+    record["sha256"][REPORT] = sha256(artifact_copy / REPORT)
+    write_record(artifact_copy, record)
+    outcome = run_cli("report", compiled_tiny.path, artifact_copy, "-o", "b.html")
+    assert [line.partition(";")[0].partition(",")[0] for line in outcome.stderr.splitlines()] == [
+        "warning: these are of different models",
+        "warning: accuracy was measured on different data",
+    ]
+    tree = read_page(Path("b.html").read_text(encoding="utf-8"))
+    assert "these are of different models; ops are matched by their paths." in tree.words
+    assert "accuracy was measured on different data" in tree.words
+    row = tree.all("table")[0].all("tbody")[0].all("tr")[0]
+    assert [cell.words for cell in row.all("td")] == [compiled_tiny.report.model, "big-opt"]
 
 
 def test_names_that_are_the_same_are_told_apart(

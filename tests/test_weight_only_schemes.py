@@ -90,7 +90,7 @@ def test_what_would_have_no_effect_is_refused(
 
 def test_schemes_say_what_they_quantise() -> None:
     assert [s.name for s in SCHEMES.values() if not s.quantizes] == ["fp32", "fp16"]
-    assert [s.name for s in SCHEMES.values() if s.modes] == ["w8a8", "fp8"]
+    assert [s.name for s in SCHEMES.values() if s.modes] == ["w8a8", "llm-int8", "fp8"]
     assert [s.name for s in SCHEMES.values() if s.fp8] == ["fp8"]
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from qcompile.calibration.feeds import feed_samples, npz_files, read_npz
+from qcompile.calibration.feeds import feed_samples, npz_files, read_npy, read_npz
+from qcompile.calibration.images import image_feeds, image_files
 from qcompile.calibration.samples import Sample, batches, count, held_back_size, split, take
 from qcompile.calibration.text import check_text, read_documents, text_samples
 from qcompile.calibration.tokens import TokenInputs, fixed_length_warnings, sequence_length
@@ -54,8 +55,9 @@ def load_calibration(
     """Read, tokenise, check and split what the user gave.
 
     Args:
-        source: a path (.txt or .jsonl of text, an .npz, a folder of .npz), or an iterable of texts
-            or of feeds (graph input name -> array). Read only as far as samples are needed.
+        source: a path (.txt or .jsonl of text, .npz, .npy, a folder of .npz or of images), or an
+            iterable of texts or of feeds (graph input name -> array). Read only as far as samples
+            are needed.
 
     Raises:
         CalibrationError: the data is missing, unreadable, empty, or does not fit the model.
@@ -143,13 +145,19 @@ def check_calibration_path(path: Path) -> None:
 def _from_path(path: Path, model: TracedModel, config: CompileConfig) -> CalibrationData:
     check_calibration_path(path)
     suffix = path.suffix.lower()
+    images = image_files(path) if path.is_dir() else []
+    if images:
+        return _from_feeds(image_feeds(images, path, model), str(path), model, config)
+    if suffix == ".npy" and path.is_file():
+        feed = (f"calibration file {path}", read_npy(path, model))
+        return _from_feeds([feed], str(path), model, config)
     if path.is_dir() or suffix == ".npz":
         feeds = ((f"calibration file {file}", read_npz(file)) for file in npz_files(path))
         return _from_feeds(feeds, str(path), model, config)
     if suffix not in (".txt", ".jsonl"):
         raise CalibrationError(
             f"calibration file {path} is of an unknown kind",
-            hint="give .txt, .jsonl, .npz or a folder of .npz",
+            hint="give .txt, .jsonl, .npy, .npz, a folder of .npz or one of images",
         )
     documents = read_documents(path, whole=model.kind == "text-generation")
     return _from_texts(documents, str(path), model, config)

@@ -74,6 +74,28 @@ def read_npz(path: Path) -> dict[str, Any]:
     return arrays
 
 
+def read_npy(path: Path, model: TracedModel) -> dict[str, Any]:
+    """The array of a .npy file as the graph's one input.
+
+    Raises:
+        CalibrationError: not an .npy, damaged, of Python objects, or for a graph of several inputs.
+    """
+    names = [spec.name for spec in model.inputs]
+    if len(names) != 1:
+        raise CalibrationError(
+            f"calibration file {path} holds one array, and the graph takes {', '.join(names)}",
+            hint="write an .npz with numpy.savez, inputs by name",
+        )
+    try:
+        with path.open("rb") as stream:
+            return {names[0]: np.lib.format.read_array(stream, allow_pickle=False)}
+    except (OSError, EOFError, ValueError, MemoryError) as error:
+        raise CalibrationError(
+            f"calibration file {path} is not a readable .npy file of numbers",
+            hint="write it with numpy.save",
+        ) from error
+
+
 def feed_samples(
     feeds: Iterable[tuple[str, Mapping[str, Any]]], model: TracedModel
 ) -> Iterator[Sample]:

@@ -84,6 +84,29 @@ class Stats:
             gram=self.gram / (blocked[:, :, None] * blocked[:, None, :]),
         )
 
+    def permuted(self, order: Array) -> Stats:
+        """Statistics of x[..., order].
+
+        Exact for all but the Gram matrix, which loses what a channel that changed places had in
+        common with others.
+        """
+        width = len(order)
+        moved = np.flatnonzero(order != np.arange(width))
+        gram = self.gram.copy()
+        block, at = np.divmod(moved, GRAM_BLOCK)
+        old = np.divmod(order[moved], GRAM_BLOCK)
+        diagonal = self.gram[old[0], old[1], old[1]]
+        gram[block, at, :] = gram[block, :, at] = 0.0
+        gram[block, at, at] = diagonal
+        return dataclasses.replace(
+            self,
+            minimum=self.minimum[order],
+            maximum=self.maximum[order],
+            power_sums=self.power_sums[:, order],
+            histogram=self.histogram[order],
+            gram=gram,
+        )
+
     def weighted_values(self, scale: Array | None = None) -> tuple[Array, Array]:
         """The histogram as (values, counts), both [channels, BINS], of x / scale."""
         values = np.broadcast_to(bin_centers(), self.histogram.shape)

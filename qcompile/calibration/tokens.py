@@ -87,11 +87,19 @@ def check_length(length: int, model: TracedModel) -> int:
     Raises:
         ConfigError: it has fewer.
     """
-    if model.max_length is not None and length > model.max_length:
+    return check_positions(length, model.max_length, model.name)
+
+
+def check_positions(length: int, positions: int | None, name: str) -> int:
+    """`length`, if the model `name` has as many `positions`; None: it has any number.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    if positions is not None and length > positions:
         raise ConfigError(
-            f"a sequence of {length} tokens is longer than the {model.max_length} that "
-            f"{model.name} takes",
-            hint=f"use --seq-len {model.max_length} or less",
+            f"a sequence of {length} tokens is longer than the {positions} that {name} takes",
+            hint=f"use --seq-len {positions} or less",
         )
     return length
 

@@ -20,11 +20,13 @@ class StoredActivation:
         mode: ``static`` (per tensor) or ``token``.
         scale: of signed 8-bit codes, for static.
         zero_point: of signed 8-bit codes, for static.
+        highest: the largest code, as unsigned: 127 where a bit was left out against saturation.
     """
 
     mode: Activations
     scale: float | None = None
     zero_point: int = 0
+    highest: int = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +47,16 @@ class Checkpoint:
 
 
 def quantized_by(source: object) -> str | None:
-    """What quantised the model at `source`, or None: found without loading it.
+    """What quantised the model at `source`, or None: found without loading it, so that of Python
+    code only modules are known, not what a factory makes or a function does.
 
     Args:
         source: as `qcompile.frontend.load` takes it.
     """
+    if isinstance(source, tuple):
+        from qcompile.frontend.fake_quant import has_fake_quantise
+
+        return "fake-quantise modules" if has_fake_quantise(source[0]) else None
     if not isinstance(source, str | Path):
         return None
     path = Path(source)

@@ -33,7 +33,7 @@ class TensorFolder:
             try:
                 file: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} is damaged: {error}") from error
+                raise ModelError(f"{path} is damaged or cut off") from error
             self._files.update(dict.fromkeys(file.keys(), file))
 
     def __contains__(self, name: str) -> bool:
@@ -53,7 +53,7 @@ class TensorFolder:
         try:
             tensor: torch.Tensor = self._files[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{self._folder}: {name} cannot be read: {error}") from error
+            raise ModelError(f"{self._folder}: {name} is damaged or cut off") from error
         return tensor
 
     def floats(self, name: str) -> Array:

@@ -80,7 +80,7 @@ def _reader(path: Path) -> Any:
     try:
         return GGUFReader(path)
     except Exception as error:  # of whatever the damaged part was taken for
-        raise ModelError(f"{path} is no GGUF file, or a damaged one: {error}") from error
+        raise ModelError(f"{path} is no GGUF file, or a damaged one") from error
 
 
 def _tensors(path: Path) -> list[Any]:

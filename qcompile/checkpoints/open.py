@@ -7,13 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from qcompile.checkpoints import Checkpoint, StoredActivation, awq, compressed, gptq
+from qcompile.checkpoints import (
+    Checkpoint,
+    StoredActivation,
+    awq,
+    bitsandbytes,
+    compressed,
+    gptq,
+)
 from qcompile.checkpoints.folder import TensorFolder
 from qcompile.errors import ModelError
 
 _READERS: Final[Mapping[str, Any]] = {
     "gptq": gptq,
     "awq": awq,
+    "bitsandbytes": bitsandbytes,
     "compressed-tensors": compressed,
 }
 
@@ -33,7 +41,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> tuple[Checkpoint, 
     if reader is None:
         raise ModelError(
             f"{folder} is quantised by {method}, which is not read",
-            hint="GPTQ, AWQ, compressed-tensors and GGUF are",
+            hint="GPTQ, AWQ, bitsandbytes, compressed-tensors and GGUF are",
         )
     description = reader.check(settings)
     tensors = TensorFolder(folder)
@@ -55,12 +63,12 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> tuple[Checkpoint, 
 
 def quantized_modules(tensors: TensorFolder) -> list[str]:
     """Module paths of the weights that are codes, whatever the format."""
-    marks = (".qweight", ".weight_packed", ".weight_scale")
+    marks = (".qweight", ".weight_packed", ".weight_scale", ".weight.absmax", ".SCB")
     found = (key.removesuffix(mark) for key in tensors for mark in marks if key.endswith(mark))
     return list(dict.fromkeys(found))
 
 
 def stored_parts(name: str) -> set[str]:
     """Names of the tensors that take the place of a quantised module's ``weight``."""
-    parts = {*gptq.PARTS, *awq.PARTS, *compressed.PARTS, "weight"}
+    parts = {*gptq.PARTS, *awq.PARTS, *bitsandbytes.PARTS, *compressed.PARTS, "weight"}
     return {f"{name}.{part}" for part in parts}

@@ -36,7 +36,7 @@ def load(source: Source, config: CompileConfig, work: Path) -> TracedModel:
     model = _load(source, config, work)
     shapes = [value.shape for value in model.ir.graph.outputs[:1]]
     scores = [shape is not None and shape[-1:] == (1,) for shape in shapes]
-    if model.kind == "text-classification" and any(scores):
+    if model.kind.endswith("-classification") and any(scores):
         # One number, as of rerankers: there is no distribution to compare.
         return dataclasses.replace(model, kind="other")
     return model

@@ -8,7 +8,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import onnx_ir as ir
@@ -16,7 +15,6 @@ import torch
 
 from qcompile.errors import ModelError
 from qcompile.names import module_path, set_module_path
-from qcompile.spill import spill
 
 WRAPPED: Final = "inner"
 """The attribute under which a wrapper module holds the user's model."""
@@ -29,9 +27,8 @@ def export_module(
     output_names: list[str],
     *,
     opset: int,
-    work: Path,
 ) -> ir.Model:
-    """Trace `module` and write the float graph below `work`, weights in an external file.
+    """Trace `module`; its weights stay where they are.
 
     Args:
         module: in eval mode; called as ``module(**example)``.
@@ -39,10 +36,6 @@ def export_module(
         dynamic_shapes: as torch.export takes them, per input name.
         output_names: names of the flattened outputs, in order.
         opset: ONNX opset to translate to.
-        work: folder for the traced graph.
-
-    Returns:
-        The graph, its weights memory-mapped from `work`.
 
     Raises:
         ModelError: torch.export or the translation to ONNX refuses the module.
@@ -67,7 +60,7 @@ def export_module(
             ) from error
     assert program is not None
     _record_paths(program.model)
-    return spill(program.model, work, "traced")
+    return program.model
 
 
 def check_finite_weights(module: torch.nn.Module) -> None:

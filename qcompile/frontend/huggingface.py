@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,12 +13,22 @@ from optimum.exporters.tasks import TasksManager
 
 from qcompile.checkpoints import Checkpoint, quantization_settings
 from qcompile.config import CompileConfig
-from qcompile.errors import ConfigError, ModelError, QcompileError
+from qcompile.errors import ConfigError, ModelError
 from qcompile.frontend.adapter import add_adapter
 from qcompile.frontend.export import check_finite_weights, export_module
 from qcompile.frontend.gguf import is_gguf, load_gguf, load_gguf_tokenizer, read_gguf_config
+from qcompile.frontend.image import (
+    PROCESSOR,
+    OneImageOutput,
+    any_size,
+    image_example,
+    load_image_processor,
+)
+from qcompile.frontend.loading import check_loaded, guarded
+from qcompile.frontend.opset import OPSET
 from qcompile.frontend.quantized import load_quantized
-from qcompile.traced import Kind, TracedModel
+from qcompile.spill import spill
+from qcompile.traced import POSITIONS, Kind, TracedModel
 
 # Task -> (attribute of the model's output, how it is measured).
 _TASKS: Final[dict[str, tuple[str, Kind]]] = {
@@ -29,6 +36,7 @@ _TASKS: Final[dict[str, tuple[str, Kind]]] = {
     "fill-mask": ("logits", "text-classification"),
     "token-classification": ("logits", "text-classification"),
     "text-classification": ("logits", "text-classification"),
+    "image-classification": ("logits", "image-classification"),
     "feature-extraction": ("last_hidden_state", "feature-extraction"),
     "sentence-similarity": ("last_hidden_state", "feature-extraction"),
 }
@@ -43,6 +51,7 @@ _ASSET_PATTERNS: Final = (
     "merges.txt",
     "*.model",
     "chat_template.*",
+    PROCESSOR,
     "modules.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
@@ -77,19 +86,31 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
             module, checkpoint, config.adapter, config.adapter_mode
         )
     check_finite_weights(module)
-    tokenizer = _load_tokenizer(source, config.trust_remote_code)
-    max_length = _max_length(module)
-    example = _example(module, tokenizer, kind, max_length)
     batch = torch.export.Dim("batch", min=1, max=65536)
-    sequence = torch.export.Dim("sequence", min=1, max=max_length or 1 << 20)
-    graph = export_module(
-        _OneOutput(module, output).eval(),
+    wrapper: torch.nn.Module
+    if kind == "image-classification":
+        tokenizer, max_length = None, None
+        processor = guarded(
+            "image processor", source, load_image_processor, source, config.trust_remote_code
+        )
+        wrapper, example = OneImageOutput(module, output), image_example(module, processor)
+        axes: dict[int, Any] = {0: batch}
+        if any_size(module, processor):
+            axes |= dict.fromkeys((2, 3), torch.export.Dim.AUTO)
+    else:
+        processor, tokenizer = None, _load_tokenizer(source, config.trust_remote_code)
+        max_length = _max_length(module)
+        wrapper = _OneOutput(module, output)
+        example = _example(module, tokenizer, kind, max_length)
+        axes = {0: batch, 1: torch.export.Dim("sequence", min=1, max=max_length or 1 << 20)}
+    exported = export_module(
+        wrapper.eval(),
         example,
-        {name: {0: batch, 1: sequence} for name in example},
+        dict.fromkeys(example, axes),
         [output],
-        opset=config.opset,
-        work=work,
+        opset=OPSET,
     )
+    graph = spill(exported, work, "traced")
     # Not by `del`: torch.export's and onnxscript's caches keep the module.
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = torch.empty(0)
@@ -99,9 +120,10 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         task=task,
         kind=kind,
         tokenizer=tokenizer,
-        assets=find_assets(_assets_folder(source, hf_config, tokenizer, work)),
+        image_processor=processor,
+        assets=find_assets(_assets_folder(source, hf_config, tokenizer or processor, work)),
         max_length=max_length,
-        bos_token_id=_token_id(hf_config.bos_token_id),
+        bos_token_id=_token_id(getattr(hf_config, "bos_token_id", None)),
         checkpoint=checkpoint,
         adapter=added,
     )
@@ -142,14 +164,14 @@ class _OneOutput(torch.nn.Module):
         return result
 
 
-def _assets_folder(source: str, hf_config: Any, tokenizer: Any, work: Path) -> Path:
+def _assets_folder(source: str, hf_config: Any, preprocessor: Any, work: Path) -> Path:
     """The model's folder; for a hub id one below `work`, filled from what was loaded."""
     if Path(source).is_dir():
         return Path(source)
     folder = work / "assets"
     hf_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    if preprocessor is not None:
+        preprocessor.save_pretrained(folder)
     return folder
 
 
@@ -162,7 +184,7 @@ def find_assets(folder: Path) -> tuple[Path, ...]:
 def _read_config(source: str, trust: bool) -> Any:
     folder = Path(source)
     if is_gguf(source):
-        return _guarded(source, read_gguf_config, source)
+        return guarded("configuration", source, read_gguf_config, source)
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{source} is neither a model folder nor an .onnx file")
     if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
@@ -173,14 +195,18 @@ def _read_config(source: str, trust: bool) -> Any:
         try:
             raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
-            raise ModelError(f"{source}/config.json is not valid JSON: {error}") from error
+            raise ModelError(f"{source}/config.json is damaged: no valid JSON") from error
         if isinstance(raw, dict) and raw.get("auto_map") and not trust:
             raise ModelError(
                 f"{source} wants to run Python code of its own (auto_map in config.json)",
                 hint="read that code, then pass --trust-remote-code",
             )
-    return _guarded(
-        source, transformers.AutoConfig.from_pretrained, source, trust_remote_code=trust
+    return guarded(
+        "configuration",
+        source,
+        transformers.AutoConfig.from_pretrained,
+        source,
+        trust_remote_code=trust,
     )
 
 
@@ -205,10 +231,10 @@ def _load_weights(
     auto_class = TasksManager.get_model_class_for_task(task)
     settings, checkpoint = quantization_settings(Path(source)), None
     if is_gguf(source):
-        module, info, checkpoint = _guarded(source, load_gguf, source, auto_class)
+        module, info, checkpoint = guarded("weights", source, load_gguf, source, auto_class)
     elif settings:
-        module, info, checkpoint = _guarded(
-            source, load_quantized, Path(source), hf_config, auto_class, settings, trust
+        module, info, checkpoint = guarded(
+            "weights", source, load_quantized, Path(source), hf_config, auto_class, settings, trust
         )
     else:
         if getattr(hf_config, "quantization_config", None):
@@ -216,64 +242,35 @@ def _load_weights(
                 f"{source} is quantised already, and such models are read from a folder",
                 hint=f"hf download {source} --local-dir DIR",
             )
-        module, info = _guarded(
+        module, info = guarded(
+            "weights",
             source,
             auto_class.from_pretrained,
             source,
             dtype=torch.float32,
             trust_remote_code=trust,
+            ignore_mismatched_sizes=True,  # they are refused by name
             output_loading_info=True,
         )
-    # Transformers would fill these with random numbers and only log it.
-    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
-    missing = [key for key in missing if "pooler" not in key or task == "text-classification"]
-    if missing:
-        raise ModelError(
-            f"{source} has no usable weights for {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
-            hint=f"is {task} the right task for this model?",
-        )
+    check_loaded(source, info, module.state_dict(), task)
     return module.eval(), checkpoint
 
 
 def _load_tokenizer(source: str, trust: bool) -> Any:
     folder = Path(source)
     if is_gguf(source):
-        return _guarded(source, load_gguf_tokenizer, source)
+        return guarded("tokenizer", source, load_gguf_tokenizer, source)
     if folder.is_dir() and not any(
         p.name.startswith(("tokenizer", "vocab")) for p in folder.iterdir()
     ):
         return None
-    return _guarded(
-        source, transformers.AutoTokenizer.from_pretrained, source, trust_remote_code=trust
+    return guarded(
+        "tokenizer",
+        source,
+        transformers.AutoTokenizer.from_pretrained,
+        source,
+        trust_remote_code=trust,
     )
-
-
-def _guarded(source: str, call: Any, *args: Any, **kwargs: Any) -> Any:
-    """`call`, any failure as one line: Transformers raises whatever its readers raise."""
-    try:
-        with _silent_transformers():
-            return call(*args, **kwargs)
-    except QcompileError:
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        detail = lines[0] if lines else type(error).__name__
-        raise ModelError(f"{source} cannot be loaded: {detail}") from error
-
-
-@contextmanager
-def _silent_transformers() -> Iterator[None]:
-    logger = logging.getLogger("transformers")
-    level, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
-    logger.setLevel(logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _example(
@@ -300,7 +297,7 @@ def _example(
 
 
 def _max_length(module: Any) -> int | None:
-    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+    for name in POSITIONS:
         value = getattr(module.config, name, None)
         if isinstance(value, int) and value > 0:
             return value - _reserved_positions(module)

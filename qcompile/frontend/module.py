@@ -16,6 +16,10 @@ import torch
 from qcompile.config import CompileConfig
 from qcompile.errors import ModelError
 from qcompile.frontend.export import check_finite_weights, export_module
+from qcompile.frontend.fake_quant import fixed_scales
+from qcompile.frontend.opset import OPSET
+from qcompile.frontend.qdq import keep_scales, trained_scales
+from qcompile.spill import spill
 from qcompile.traced import TracedModel
 
 
@@ -61,15 +65,17 @@ def trace_module(
     odd = [n for n, p in module.named_parameters() if p.dtype != torch.float32]
     if odd:
         raise ModelError(f"parameter {odd[0]} is not float32", hint="call module.float() first")
-    outputs = _output_names(module, example)
-    graph = export_module(
-        module,
-        _at_least_two(example),
-        {key: _dynamic_axes(tensor) for key, tensor in example.items()},
-        outputs,
-        opset=config.opset,
-        work=work,
-    )
+    with fixed_scales(module):
+        outputs = _output_names(module, example)
+        graph = export_module(
+            module,
+            _at_least_two(example),
+            {key: _dynamic_axes(tensor) for key, tensor in example.items()},
+            outputs,
+            opset=OPSET,
+        )
+        checkpoint = keep_scales(graph) if trained_scales(graph) else None
+        graph = spill(graph, work, "traced")
     module.train(training)  # the caller's module is left as it was
     feed = {key: tensor.detach().numpy() for key, tensor in example.items()}
     gc.collect()
@@ -77,8 +83,9 @@ def trace_module(
         ir=graph,
         name=name,
         task=config.task or "other",
-        kind="other",
+        kind="image-classification" if config.task == "image-classification" else "other",
         example=feed,
+        checkpoint=checkpoint,
     )
 
 

@@ -44,6 +44,7 @@ _KINDS: Final[dict[str, Kind]] = {
     "text-classification": "text-classification",
     "token-classification": "text-classification",
     "fill-mask": "text-classification",
+    "image-classification": "image-classification",
     "feature-extraction": "feature-extraction",
     "sentence-similarity": "feature-extraction",
 }
@@ -55,7 +56,8 @@ def load_onnx(path: Path, *, task: str | None = None) -> TracedModel:
     Args:
         path: the ``.onnx`` file; external data lies beside it and is memory-mapped.
         task: optimum's task name; without it, it is inferred where the folder holds a
-            config.json and a tokenizer, and is ``other`` elsewhere.
+            config.json and a tokenizer, is ``image-classification`` where ``pixel_values`` give
+            ``logits`` [batch, classes], and is ``other`` elsewhere.
 
     Raises:
         ModelError: a missing, corrupt, unsafe, quantised or otherwise unsupported model.
@@ -71,7 +73,7 @@ def load_onnx(path: Path, *, task: str | None = None) -> TracedModel:
     SymbolicShapes()(model)
     config, tokenizer = _beside(path.parent)
     if task is None:
-        task = _infer_task(model, config) if tokenizer is not None else "other"
+        task = _infer_task(model, config) if tokenizer is not None else _task_of_images(model)
     return TracedModel(
         ir=model,
         name=path.stem,
@@ -239,6 +241,14 @@ def _infer_task(model: ir.Model, config: dict[str, Any]) -> str:
     if shape is not None and len(shape) == 2:
         return "text-classification"
     return "feature-extraction"
+
+
+def _task_of_images(model: ir.Model) -> str:
+    logits = next((v for v in model.graph.outputs if v.name == "logits"), None)
+    of_images = [v.name for v in model.graph.inputs] == ["pixel_values"]
+    if of_images and logits is not None and logits.shape is not None and len(logits.shape) == 2:
+        return "image-classification"
+    return "other"
 
 
 def _positive(config: dict[str, Any], *names: str) -> int | None:

@@ -247,10 +247,16 @@ def _take_out(graph: ir.Graph, node: ir.Node, pairs: list[_Pair]) -> None:
     """One pair around an activation: its readers get what was quantised."""
     codes = node.inputs[0]
     quantize = codes.producer() if codes is not None else None
+    most = None
+    if quantize is not None and quantize.op_type == "Clip" and quantize.inputs[0] is not None:
+        least, most = (*quantize.inputs[1:], None, None)[:2]
+        quantize = quantize.inputs[0].producer()
+        if most is None or (least is not None and not (is_constant(least) and _is_lowest(least))):
+            return
     if quantize is None or quantize.op_type != "QuantizeLinear":
         return
     x = quantize.inputs[0]
-    given = [*quantize.inputs[1:], *node.inputs[1:]]
+    given = [*quantize.inputs[1:], *node.inputs[1:], most]
     if x is None or not all(is_constant(v) for v in given if v is not None):
         return
     scale, again = (_array(v) for v in (quantize.inputs[1], node.inputs[1]))
@@ -265,14 +271,34 @@ def _take_out(graph: ir.Graph, node: ir.Node, pairs: list[_Pair]) -> None:
     if dtype in (ir.DataType.UINT8, ir.DataType.INT8):
         _, shift = _UNSIGNED[dtype]
         point = int(zero.reshape(())) + shift - 128
-        activation = StoredActivation("static", float(scale.reshape(())), point)
+        highest = int(_array(most).item()) + shift if most is not None else 255
+        activation = StoredActivation("static", float(scale.reshape(())), point, highest)
+    if most is not None:
+        x = _below(graph, node, x, (_array(most).astype(np.float32) - zero) * scale)
     # Of this pair alone: others may read x as it is, or rounded by another scale.
     readers = [(use.node, use.idx) for use in restored.uses()]
     pairs.append(_Pair(str(name), readers, is_output, activation))
     restored.replace_all_uses_with(x, replace_graph_outputs=is_output)
     graph.remove(node, safe=True)
+    if most is not None and codes is not None and not codes.uses():
+        graph.remove(codes.producer(), safe=True)  # type: ignore[arg-type]
     if is_output:
         restored.name, x.name = f"{name}/restored", name
+
+
+def _is_lowest(code: ir.Value) -> bool:
+    """Whether a constant is the lowest code of its type."""
+    array = _array(code)
+    return bool((array == np.iinfo(array.dtype).min).all())
+
+
+def _below(graph: ir.Graph, node: ir.Node, x: ir.Value, most: Array) -> ir.Value:
+    """`x` up to `most`, before `node`: where codes stop short of their type's last."""
+    bound = constant(graph, f"{node.outputs[0].name}/most", most.astype(np.float32).reshape(()))
+    clip = ir.node("Clip", [x, None, bound], name=f"{node.outputs[0].name}/clip")
+    clip.outputs[0].shape, clip.outputs[0].type = x.shape, x.type
+    graph.insert_before(node, clip)
+    return clip.outputs[0]
 
 
 def _by_linear(graph: ir.Graph, weights: dict[ir.Value, _Weight], pairs: list[_Pair]) -> Checkpoint:

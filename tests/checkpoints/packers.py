@@ -13,6 +13,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from qcompile.float4 import TABLES, Float4
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -174,4 +176,64 @@ def awq(folder: Path, model: Any, *, group: int = 32) -> Packed:
         "version": "gemm",
         "zero_point": True,
     }
+    return save(model, folder, settings, pack)
+
+
+def float4(
+    folder: Path, model: Any, *, kind: Float4 = "nf4", block: int = 64, double: bool = False
+) -> Packed:
+    """A folder of bitsandbytes' four bits: blocks of a weight's values in the order of its rows."""
+    rng = np.random.default_rng(4)
+
+    def pack(weight: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "shape": weight.shape}
+        flat = np.pad(weight.reshape(-1), (0, -weight.size % block)).reshape(-1, block)
+        scale = np.abs(flat).max(axis=1)
+        parts = {"quant_map": torch.tensor(TABLES[kind])}
+        if double:
+            # Any table: the folder carries its own.
+            table = np.sort(rng.normal(size=256)).astype(np.float32)
+            codes = rng.integers(0, 256, scale.size).astype(np.uint8)
+            largest = rng.uniform(0.01, 0.02, -(-scale.size // 16)).astype(np.float32)
+            offset = 0.25
+            state |= {"nested_blocksize": 16, "nested_offset": offset, "nested_dtype": "float32"}
+            scale = table[codes] * np.repeat(largest, 16)[: scale.size] + np.float32(offset)
+            parts |= {"absmax": torch.from_numpy(codes)}
+            parts |= {"nested_absmax": torch.from_numpy(largest)}
+            parts |= {"nested_quant_map": torch.from_numpy(table)}
+        else:
+            parts["absmax"] = torch.from_numpy(scale)
+        nearest = np.abs((flat / scale[:, None])[..., None] - TABLES[kind]).argmin(axis=-1)
+        restored = (TABLES[kind][nearest] * scale[:, None]).reshape(-1)[: weight.size]
+        codes = nearest.reshape(-1)[: weight.size].astype(np.uint8)
+        words = json.dumps(state).encode()
+        parts[f"quant_state.bitsandbytes__{kind}"] = torch.tensor(list(words), dtype=torch.uint8)
+        tensors = {f"weight.{part}": tensor for part, tensor in parts.items()}
+        tensors["weight"] = torch.from_numpy((codes[::2] << 4) | codes[1::2]).reshape(-1, 1)
+        return tensors, restored.reshape(weight.shape)
+
+    settings = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": double,
+    }
+    return save(model, folder, settings, pack)
+
+
+def llm_int8(folder: Path, model: Any) -> Packed:
+    """A folder of bitsandbytes' eight bits."""
+
+    def pack(weight: np.ndarray) -> tuple[Tensors, np.ndarray]:
+        largest = np.abs(weight).max(axis=1)
+        codes = np.rint(weight * (127 / largest[:, None])).astype(np.int8)
+        parts = {
+            "weight": torch.from_numpy(codes),
+            "SCB": torch.from_numpy(largest),
+            "weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
+        return parts, codes * (largest / np.float32(127))[:, None]
+
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}
     return save(model, folder, settings, pack)

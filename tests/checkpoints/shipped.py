@@ -7,15 +7,20 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.float4 import TABLES
+
 
 def shipped_weights(folder: Path) -> dict[str, np.ndarray]:
-    """The float32 weight [out, in] of every MatMulNBits of an artifact, by the op's name.
+    """The float32 weight [out, in] of every MatMulNBits and MatMulBnb4 of an artifact, by the op's
+    name.
 
     Input channels are put back where a Gather before the op takes them from.
     """
     found = {}
     graph = ir.load(folder / "model.onnx").graph
     for node in graph:
+        if node.op_type == "MatMulBnb4":
+            found[str(node.name)] = _of_table(node)
         if node.op_type == "MatMulNBits":
             found[str(node.name)] = _weight(node)
             offset = _array(graph.initializers.get(f"{node.name}.weight_offset"))
@@ -49,6 +54,17 @@ def _weight(node: ir.Node) -> np.ndarray:
         back[:, order] = weight
         weight = back
     return weight
+
+
+def _of_table(node: ir.Node) -> np.ndarray:
+    depth, width, block, kind = (
+        node.attributes.get_int(name, 0) for name in ("K", "N", "block_size", "quant_type")
+    )
+    packed, scale = (_array(node.inputs[at]) for at in (1, 2))
+    assert packed is not None and scale is not None
+    codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1, block)
+    weight: np.ndarray = TABLES["nf4" if kind else "fp4"][codes] * scale[:, None]
+    return weight.reshape(width, depth)
 
 
 def _codes(packed: np.ndarray, bits: int) -> np.ndarray:

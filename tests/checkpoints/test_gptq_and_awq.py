@@ -140,7 +140,7 @@ def test_a_shard_that_is_cut_off_or_missing(model: Any, tmp_path: Path) -> None:
     packed = packers.gptq(tmp_path / "model", model)
     whole = (packed.path / "model.safetensors").read_bytes()
     (packed.path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match="safetensors is damaged"):
+    with pytest.raises(ModelError, match=r"safetensors is damaged or cut off$"):
         qcompile.compile(packed.path, output=tmp_path / "out")
     (packed.path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="safetensors file"):

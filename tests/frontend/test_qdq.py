@@ -284,6 +284,32 @@ def test_weights_in_blocks_of_four_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(shipped_weights(artifact.path)["block.fc"], wanted.T)
 
 
+@pytest.mark.parametrize("least", ["", "l"])
+def test_codes_that_stop_at_127_clip_the_activation(tmp_path: Path, least: str) -> None:
+    body = (
+        "q = QuantizeLinear (x, s, z) "
+        f"c = Clip (q, {least}, h) d = DequantizeLinear (c, s, z) "
+        "v = DequantizeLinear <axis = 1> (w, t) y = MatMul (d, v)"
+    )
+    declared = f"int8[{K},{N}] w, float[{N}] t, float s, uint8 z, uint8 l, uint8 h"
+    constants = {
+        "w": CODES, "t": SCALE, "s": np.float32(0.05), "z": np.uint8(60),
+        "l": np.uint8(0), "h": np.uint8(127),
+    }  # fmt: skip
+    path = write(tmp_path / "m.onnx", body, declared, **constants)
+    x = RNG.normal(0, 3, (7, K)).astype(np.float32)
+    expected = run_model(ir.load(path), {"x": x})["y"]
+    traced = load_onnx(path)
+    assert traced.checkpoint is not None
+    (activation,) = traced.checkpoint.activations.values()
+    assert activation == StoredActivation("static", np.float32(0.05).item(), -68, 127)
+    # No pair of seven bits can saturate: the INT8 kernel takes it without VNNI.
+    artifact = qcompile.compile(path, target="ort-cpu:avx2", output=tmp_path / "out")
+    assert [op.precision for op in artifact.report.ops] == ["int8"]
+    (found,) = qcompile.load(artifact.path).run(None, {"x": x})
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("body", "declared", "constants", "message"),
     [
@@ -298,6 +324,13 @@ def test_weights_in_blocks_of_four_bits(tmp_path: Path) -> None:
             f"int8[{N}] w, float t",
             {"w": CODES[0], "t": np.float32(0.1)},
             "no matrix product reads a weight in 4- or 8-bit codes",
+        ),
+        (
+            "v = DequantizeLinear <axis = 1> (w, t) q = QuantizeLinear (x, s) "
+            "c = Clip (q, l, h) d = DequantizeLinear (c, s) y = MatMul (d, v)",
+            f"int8[{K},{N}] w, float[{N}] t, float s, uint8 l, uint8 h",
+            {"w": CODES, "t": SCALE, "s": np.float32(0.1), "l": np.uint8(5), "h": np.uint8(127)},
+            "is no pair with one constant scale",
         ),
         (
             "v = DequantizeLinear <axis = 1> (w, t) q = QuantizeLinear (x, s) "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -240,7 +240,7 @@ BLOCKS = """g (float[M,4] x, float[4,3] w, float[4,3] v) => (float[M,3] a, float
   r = Relu (x) a = MatMul (r, w) c = MatMul (r, v) }"""
 
 
-def in_blocks(weight: np.ndarray, **others: np.ndarray) -> QuantizedWeight:
+def in_blocks(weight: np.ndarray, **others: Any) -> QuantizedWeight:
     scale = np.full((2, 3), np.abs(weight).max() / 127, np.float32)
     return QuantizedWeight(np.rint(weight / scale[0]).astype(np.int8), scale, 2, 8, **others)
 

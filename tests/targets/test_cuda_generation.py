@@ -25,6 +25,10 @@ pytestmark = needs_gpu
 
 Compile = Callable[..., qcompile.Artifact]
 
+SEEDS = {"gpt_neox": 8, "phi": 8}
+"""Models of which no two best tokens are as close as float16 rounds: logits of 3 come out up to
+0.004 off, in Transformers' own float16 too, and the first GPT-NeoX has two tokens 0.0016 apart."""
+
 
 @pytest.fixture(scope="module")
 def compiled(tiny_onnx: Path, tiny_opt: Path, tmp_path_factory: pytest.TempPathFactory) -> Compile:
@@ -47,7 +51,7 @@ def compiled(tiny_onnx: Path, tiny_opt: Path, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("kind", ["opt", "llama", "mistral", "qwen3", "phi", "gpt_neox"])
 def test_greedy_tokens_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     """In float16, one at a time, in a batch padded on the left, on the right and between."""
-    reference = save(kind, tmp_path / "source")
+    reference = save(kind, tmp_path / "source", SEEDS.get(kind, 0))
     compile_cached(tmp_path / "source", tmp_path, OrtCuda(), "float16")
     session = open_session(tmp_path / "model.onnx", OrtCuda().runtime())
     expected = generated(reference)

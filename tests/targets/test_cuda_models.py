@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from qcompile.targets.cuda import library
 
 import qcompile
+import qcompile.measuring
+from qcompile.probe import Prober
 from tests.targets.cuda_gpu import needs_gpu
 from tests.targets.test_cuda_sessions import free_memory
 
@@ -60,9 +63,10 @@ def test_compiled_on_the_machine_with_the_gpu(compiled: qcompile.Artifact) -> No
 
 
 def test_planned_from_times_taken_on_the_gpu(
-    tiny_onnx: Path, tiny_opt: Path, tmp_path: Path
+    tiny_onnx: Path, tiny_opt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By default, Linears are timed there."""
+    """By default, Linears are timed there: by what times them, not by what stands in for it."""
+    monkeypatch.setattr(qcompile.measuring, "Prober", Prober)
     report = qcompile.compile(
         str(tiny_onnx),
         target="ort-cuda",
@@ -71,7 +75,7 @@ def test_planned_from_times_taken_on_the_gpu(
         config=qcompile.CompileConfig(samples=8, seq_len=64),
         output=tmp_path / "planned",
     ).report
-    assert report.planning is not None
+    assert report.planning is not None and report.planning.measured > 0
     assert report.speed and not any("was not measured" in line for line in report.warnings)
 
 
@@ -95,6 +99,31 @@ def test_trained_models_are_as_accurate_as_their_emulation(
     shared: Path, tmp_path: Path, name: str
 ) -> None:
     assert_as_accurate(shared / "models" / name, shared / "text" / "calib.txt", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["opt-30m", "llama-28m"])
+def test_trained_models_in_e4m3_are_as_accurate_as_by_the_bodies(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Which are Q/DQ and a product in float32, on the CPU: no other target has e4m3."""
+    here = library.gpu()
+    config = qcompile.CompileConfig(objective="scheme")
+
+    def kl(folder: str) -> float:
+        return qcompile.compile(
+            str(shared / "models" / name),
+            target=f"ort-cuda:{here}",
+            scheme="fp8",
+            calibration=shared / "text" / "calib.txt",
+            config=config,
+            output=tmp_path / folder,
+        ).report.accuracy["kl"]
+
+    found = kl("gpu")
+    monkeypatch.setattr(library, "gpu", lambda: None)
+    expected = kl("bodies")
+    print(f"KL to float of {name} in e4m3: {found:.5f} on the GPU, {expected:.5f} by the bodies")
+    assert found < 1.1 * expected + 1e-4
 
 
 def assert_as_accurate(model: Path, texts: Path, folder: Path) -> None:

@@ -1,0 +1,64 @@
+"""What the profile and the user together ask of the codes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qcompile.config import CompileConfig, RangeMethod
+from qcompile.edge.plan import SINCE, Code
+from qcompile.edge.profiles import Profile
+from qcompile.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How tensors are quantised.
+
+    Attributes:
+        activation: type of the codes of activations.
+        weight: type of the codes of weights.
+        symmetric: whether zero is in the middle of an activation's codes.
+        per_channel: whether weights have a scale per output channel, where the profile allows it.
+        ranges: how a range is drawn from what calibration saw.
+    """
+
+    activation: Code = "uint8"
+    weight: Code = "int8"
+    symmetric: bool = False
+    per_channel: bool = True
+    ranges: RangeMethod = "minmax"
+
+
+def choose_settings(profile: Profile, config: CompileConfig) -> Settings:
+    """The profile's own, but for what `config` says.
+
+    Raises:
+        ConfigError: what the profile or the opset does not have.
+    """
+    asked = config.edge
+    first, last = profile.opsets
+    if not first <= config.opset <= last:
+        raise ConfigError(f"profile {profile.name} reads opsets {first} to {last}")
+    preferred = profile.activations or profile.weights
+    activation: Code = asked.activation_type or preferred[0]
+    if asked.activation_type and not profile.activations:
+        raise ConfigError(f"profile {profile.name} leaves activations in float")
+    if activation not in preferred:
+        raise ConfigError(
+            f"profile {profile.name} has no {activation} activations",
+            hint="one of " + ", ".join(profile.activations),
+        )
+    if config.opset < SINCE.get(activation, 0):
+        raise ConfigError(
+            f"opset {config.opset} has no {activation} codes",
+            hint=f"--opset {SINCE[activation]} or later",
+        )
+    if asked.weights == "per-channel" and not profile.per_channel:
+        raise ConfigError(f"profile {profile.name} has one scale for each weight")
+    return Settings(
+        activation=activation,
+        weight=profile.weights[0],
+        symmetric=asked.symmetric_activations or profile.symmetric,
+        per_channel=asked.weights != "per-tensor",
+        ranges=config.ranges,
+    )

@@ -1,0 +1,210 @@
+"""Which ops get codes, with which scales; and the codes of constants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx_ir.passes.common import NameFixPass
+from qcompile.passes.quantize_tensors import QuantizeTensors
+
+from qcompile.config import Recipe
+from qcompile.edge.observing import observe_tensors
+from qcompile.edge.operands import quantize_bias, quantize_constant
+from qcompile.edge.plan import LIMITS, Code, EdgePlan
+from qcompile.edge.planning import affine, plan_edge, require_any
+from qcompile.edge.profiles import PROFILES, get_profile
+from qcompile.edge.settings import Settings
+from qcompile.edge.units import Operand, Unit, find_units, keep_float, name_units
+from qcompile.errors import ConfigError, ModelError
+from tests.edge.models import convolutional, images
+from tests.passes.rewriting import HEADER, typed
+from tests.support import Feed, from_text, run_model
+
+RNG = np.random.default_rng(0)
+finite = st.floats(-1e6, 1e6, allow_nan=False, width=32)
+CODES: tuple[Code, ...] = ("uint8", "int8", "uint16", "int16")
+
+
+@given(finite, finite, st.sampled_from(CODES), st.booleans(), st.booleans())
+def test_a_scale_covers_its_range_and_holds_zero(
+    a: float, b: float, code: Code, symmetric: bool, power_of_two: bool
+) -> None:
+    low, high = min(a, b), max(a, b)
+    scale, zero_point = affine(low, high, code, symmetric=symmetric, power_of_two=power_of_two)
+    least, most = LIMITS[code]
+    assert least <= zero_point <= most and np.float32(scale) == scale > 0
+    if symmetric:
+        assert zero_point == (least + most + 1) // 2
+    if power_of_two:
+        assert np.log2(scale) % 1 == 0
+    if max(-low, high) > 1e-30:
+        # Zero is moved to a code, by which the other end loses half a step.
+        assert (most - zero_point) * scale >= max(high, 0.0) * (1 - 1e-6) - 0.51 * scale
+        assert (least - zero_point) * scale <= min(low, 0.0) * (1 - 1e-6) + 0.51 * scale
+
+
+def plan_of(
+    model: ir.Model, feeds: list[Feed], work: Path, profile: str = "", code: Code = "uint8"
+) -> tuple[list[Unit], EdgePlan]:
+    model = typed(model)
+    NameFixPass()(model)
+    name_units(model.graph)
+    chosen = get_profile(profile)
+    units = find_units(model.graph, chosen)
+    stats = observe_tensors(model, units, feeds, work)
+    return units, plan_edge(units, stats, chosen, Settings(activation=code))
+
+
+def test_what_moves_values_has_one_scale(tmp_path: Path) -> None:
+    _, plan = plan_of(convolutional(), images(4), tmp_path)
+    tensors = {tensor.value: tensor for tensor in plan.tensors}
+    concat = {name: tensors[name] for name in ("a", "r", "t", "p")}
+    assert len({(t.scale, t.zero_point, t.group) for t in concat.values()}) == 1
+    assert concat["t"].low == min(t.low for t in concat.values()) < 0.0
+    assert tensors["q"].group == tensors["f"].group != concat["t"].group
+
+
+def test_nothing_between_an_op_its_bias_and_its_activation(tmp_path: Path) -> None:
+    _, plan = plan_of(convolutional(), images(4), tmp_path)
+    assert "c" not in {tensor.value for tensor in plan.tensors}
+    first = plan.units[0]
+    assert first.op == "Conv" and len(first.nodes) == 2 and first.output == "r"
+    bias = next(c for c in plan.constants if c.value == "b")
+    weight = next(c for c in plan.constants if c.value == "w")
+    x = plan.tensor("x")
+    assert x is not None and bias.code == "int32" and weight.axis == 0
+    np.testing.assert_allclose(bias.scale, x.scale * weight.scale, rtol=1e-6)
+
+
+def test_movers_between_floats_stay_float(tmp_path: Path) -> None:
+    text = """
+      g (float[2,8] x, float[8,8] w, int64[2] s) => (float[4,4] y, float[2,8] z) {
+        e = Erf (x)
+        y = Reshape (e, s)
+        z = MatMul (x, w)
+      }"""
+    w = RNG.standard_normal((8, 8)).astype(np.float32)
+    model = from_text(HEADER + text, w=w, s=np.array([4, 4]))
+    feeds: list[Feed] = [{"x": RNG.standard_normal((2, 8)).astype(np.float32)}]
+    _, plan = plan_of(model, feeds, tmp_path)
+    reasons = {unit.op: (unit.code, unit.reason) for unit in plan.units}
+    assert reasons["Erf"] == (None, "profile generic has no quantised Erf")
+    assert reasons["Reshape"] == (None, "it only moves values, and no op beside it has codes")
+    assert reasons["MatMul"] == ("uint8", "profile generic")
+
+
+def test_what_its_codes_would_blur_stays_float(tmp_path: Path) -> None:
+    """One value of ten thousand, and all others within a step of zero."""
+    text = "g (float[1,1000] x) => (float[1,1000] y) { y = Relu (x) }"
+    x = RNG.uniform(-1.0, 1.0, (1, 1000)).astype(np.float32)
+    feeds: list[Feed] = [{"x": x}]
+    assert plan_of(from_text(HEADER + text), feeds, tmp_path)[1].quantized
+    spiked = x.copy()
+    spiked[0, 5] = -1e4  # no seventh value: the histogram passes over it
+    _, plan = plan_of(from_text(HEADER + text), [{"x": spiked}], tmp_path)
+    assert not plan.quantized and "would keep" in plan.units[0].reason
+    with pytest.raises(ModelError, match="nothing can be quantised"):
+        require_any(plan)
+    _, wide = plan_of(from_text(HEADER + text), [{"x": spiked}], tmp_path, code="uint16")
+    assert wide.quantized
+
+
+def test_infinite_values_stay_float(tmp_path: Path) -> None:
+    text = """g (float[1,4] x, float[1,4] m) => (float[1,4] y) { y = Add (x, m) }"""
+    feeds: list[Feed] = [
+        {"x": np.ones((1, 4), np.float32), "m": np.array([[0, 0, -np.inf, 0]], np.float32)}
+    ]
+    _, plan = plan_of(from_text(HEADER + text), feeds, tmp_path)
+    assert not plan.quantized
+
+
+def test_products_of_two_wide_activations(tmp_path: Path) -> None:
+    text = "g (float[2,3,4] x, float[2,4,3] z) => (float[2,3,3] y) { y = MatMul (x, z) }"
+    feeds: list[Feed] = [
+        {
+            "x": RNG.standard_normal((2, 3, 4)).astype(np.float32),
+            "z": RNG.standard_normal((2, 4, 3)).astype(np.float32),
+        }
+    ]
+    assert plan_of(from_text(HEADER + text), feeds, tmp_path, "qnn")[1].quantized
+    _, wide = plan_of(from_text(HEADER + text), feeds, tmp_path, "qnn", "uint16")
+    assert "no two activations of 16 bits" in wide.units[0].reason
+
+
+def test_a_recipe_keeps_ops_in_float(tmp_path: Path) -> None:
+    units, _ = plan_of(convolutional(), images(2), tmp_path)
+    recipe = Recipe.from_mapping({"*Gemm*": "float"})
+    names = [unit.name for unit in units if unit.op in ("Gemm", "MatMul")]
+    if not recipe.unmatched(names):
+        assert set(keep_float(units, recipe)) == set(names)
+    with pytest.raises(ConfigError, match="matches no op"):
+        keep_float(units, Recipe.from_mapping({"nothing": "float"}))
+
+
+@pytest.mark.parametrize("code", ["int8", "uint8", "int4"])
+@pytest.mark.parametrize("axis", [None, 1])
+def test_weights_lie_within_half_a_step(code: Code, axis: int | None) -> None:
+    weight = RNG.standard_normal((16, 5)).astype(np.float32) * np.array([1, 1, 9, 1, 0], np.float32)
+    found = quantize_constant(_operand(), weight, code, axis, power_of_two=True)
+    least, most = LIMITS[code]
+    assert found.codes.min() >= least and found.codes.max() <= most
+    step = found.scale if axis is None else found.scale[None, :]
+    assert (np.abs(found.dequantized() - weight) <= 0.5001 * step).all()
+
+
+def test_a_bias_too_large_for_its_scale_enlarges_the_weight_s() -> None:
+    weight = quantize_constant(
+        _operand(), np.full((4, 2), 1e-9, np.float32), "int8", 1, power_of_two=True
+    )
+    bias = np.array([1e6, 0.0], np.float32)
+    enlarged, found = quantize_bias(_operand(2), bias, weight, 1e-3)
+    assert enlarged.scale[0] > weight.scale[0] and enlarged.scale[1] == weight.scale[1]
+    np.testing.assert_allclose(found.dequantized(), bias, rtol=1e-6)
+    assert np.abs(found.codes.astype(np.int64)).max() <= 2**30 + 1
+
+
+def _operand(index: int = 1) -> Operand:
+    node = ir.node("Gemm", [ir.Value(name=n) for n in "xwb"], name="gemm")
+    value = node.inputs[index]
+    assert value is not None
+    return Operand(node, index, value, "weight" if index == 1 else "bias")
+
+
+def test_an_embedding_is_looked_up_in_codes(tmp_path: Path) -> None:
+    """Rows that calibration never reads have to fit the range, too."""
+    text = """
+      g (int64[1,4] ids, float[8,16] t, float[16,4] w) => (float[1,4,4] y) {
+        e = Gather (t, ids)
+        y = MatMul (e, w)
+      }"""
+    table = RNG.standard_normal((8, 16)).astype(np.float32)
+    table[7, 3] = 9.0
+    w = RNG.standard_normal((16, 4)).astype(np.float32)
+    model = from_text(HEADER + text, t=table, w=w)
+    feeds: list[Feed] = [{"ids": np.array([[0, 1, 2, 3]])}]
+    _, plan = plan_of(model, feeds, tmp_path)
+    looked_up = plan.tensor("e")
+    assert looked_up is not None and looked_up.high == 9.0
+    unread: Feed = {"ids": np.array([[7, 7, 7, 7]])}
+    wanted = run_model(model, unread)["y"]
+    QuantizeTensors(plan)(model)
+    gather = next(node for node in model.graph if node.op_type == "Gather")
+    data = gather.inputs[0]
+    assert data is not None and data.producer() is not None
+    # The output's own range is of other rows: it clips, but what feeds it does not.
+    model.graph.outputs[:] = [next(n for n in model.graph if n.op_type == "MatMul").outputs[0]]
+    model.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    found = next(iter(run_model(model, unread, optimise=False).values()))
+    assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
+
+
+def test_every_profile_says_where_it_is_documented() -> None:
+    for profile in PROFILES.values():
+        assert profile.sources and all(s.url.startswith("https://") for s in profile.sources)
+        assert profile.per_channel <= profile.computes | profile.weight_only or not profile.computes
+        assert not profile.computes & profile.moves

@@ -1,0 +1,105 @@
+"""ToOpset: a graph of opset 23, stated in an older one."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from qcompile.passes.to_opset import ToOpset
+
+from qcompile.errors import ModelError
+from tests.passes.rewriting import typed
+from tests.support import Feed, from_text, ops, run_model
+
+HEADER = '<ir_version: 10, opset_import: ["" : 23]>\n'
+X = np.random.default_rng(0).standard_normal((2, 4, 6)).astype(np.float32)
+CASES: dict[str, tuple[int, str, dict[str, np.ndarray], list[str]]] = {
+    "axes of a reduction": (
+        17,
+        """g (float[2,4,6] x, int64[1] a) => (float[2,4] y) {
+             y = ReduceMean <keepdims=0> (x, a) }""",
+        {"a": np.array([-1])},
+        ["ReduceMean"],
+    ),
+    "equal parts": (
+        17,
+        """g (float[2,4,6] x) => (float[2,2,6] y, float[2,2,6] z) {
+             y, z = Split <axis=1, num_outputs=2> (x) }""",
+        {},
+        ["Split"],
+    ),
+    "padding of one axis": (
+        17,
+        """g (float[2,4,6] x, int64[2] p, float c, int64[1] a) => (float[2,4,9] y) {
+             y = Pad (x, p, c, a) }""",
+        {"p": np.array([1, 2]), "c": np.array(0.5, np.float32), "a": np.array([-1])},
+        ["Pad"],
+    ),
+    "a part of a shape": (
+        14,
+        "g (float[2,4,6] x) => (int64[1] y) { y = Shape <start=1, end=2> (x) }",
+        {},
+        ["Shape", "Slice"],
+    ),
+    "a Reshape that could be to nothing": (
+        13,
+        "g (float[2,4,6] x, int64[2] s) => (float[8,6] y) { y = Reshape <allowzero=1> (x, s) }",
+        {"s": np.array([-1, 6])},
+        ["Reshape"],
+    ),
+    "what says nothing": (
+        13,
+        "g (float[2,4,6] x) => (float[2,4,6] y) { y = Cast <to=1, saturate=1> (x) }",
+        {},
+        ["Cast"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_in_an_older_opset(case: str) -> None:
+    opset, text, constants, after = CASES[case]
+    model = typed(from_text(HEADER + text, **constants))
+    feed: Feed = {"x": X}
+    wanted = run_model(model, feed)
+    pass_ = ToOpset(opset)
+    assert pass_(model).modified
+    assert dict(model.opset_imports) == {"": opset} and ops(model) == after
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    for name, array in run_model(model, feed).items():
+        np.testing.assert_array_equal(array, wanted[name])
+    assert not pass_(model).modified
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "g (float[2,4,6] x, float[4] w) => (float[2,4,6] y) {"
+            " y = GroupNormalization <num_groups=2> (x, w, w) }",
+            "opset 17 has no GroupNormalization",
+        ),
+        ("g (float[2,4,6] x) => (float[2,4,6] y) { y = Gelu (x) }", "opset 17 has no Gelu"),
+        (
+            "g (float[2,4,6] x, float[4,3] s) => (float[4] y) {"
+            " y = ReduceMean <noop_with_empty_axes=1> (x) }",
+            "a reduction of no axis",
+        ),
+        (
+            "g (float[2,4,6] x) => (float[2,4,6] y) { y = Cast <to=1, saturate=0> (x) }",
+            "opset 17 has no attribute saturate",
+        ),
+    ],
+)
+def test_what_the_opset_lacks_is_refused(text: str, message: str) -> None:
+    model = from_text(HEADER + text)
+    with pytest.raises(ModelError, match=message):
+        ToOpset(17)(model)
+
+
+def test_other_domains_are_no_standard() -> None:
+    text = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>\n'
+    text += "g (float[2,8] x) => (float[2,8] y) { y = com.microsoft.QuickGelu (x) }"
+    with pytest.raises(ModelError, match="only operators of ONNX itself"):
+        ToOpset(17)(from_text(text))
