@@ -91,7 +91,7 @@ def find_codes(
                 count=kept_count(linear.in_features, config.outlier_share),
                 channels=(kept or {}).get(linear.name),
             )
-        # Eight bits leave learned rounding nothing to gain that distillation could start from.
+        # Of eight bits there is little that learning could gain, and it takes long.
         learned = rounding.method == "adaround" or (rounding.method == "lkd" and rounding.bits < 8)
         quantize = quantize_adaround if learned else quantize_gptq
         return quantize(
