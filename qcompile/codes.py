@@ -9,10 +9,12 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.adaround import quantize_adaround
 from qcompile.calibration.stats import Stats
 from qcompile.clipping import clipped_range
 from qcompile.config import CompileConfig
 from qcompile.decomposition import kept_count
+from qcompile.distill import distill
 from qcompile.gptq import importance_in_blocks, quantize_gptq
 from qcompile.hqq import quantize_hqq
 from qcompile.linears import Linear, find_sites
@@ -89,7 +91,10 @@ def find_codes(
                 count=kept_count(linear.in_features, config.outlier_share),
                 channels=(kept or {}).get(linear.name),
             )
-        return quantize_gptq(
+        # Of eight bits there is little that learning could gain, and it takes long.
+        learned = rounding.method == "adaround" or (rounding.method == "lkd" and rounding.bits < 8)
+        quantize = quantize_adaround if learned else quantize_gptq
+        return quantize(
             weight_of(linear),
             gram,
             bits=rounding.bits,
@@ -97,7 +102,11 @@ def find_codes(
             symmetric=rounding.symmetric,
         )
 
-    return found | round_in_sequence(model, in_turn, batches, work, round_, progress)
+    found |= round_in_sequence(model, in_turn, batches, work, round_, progress)
+    started = {n: found[n] for n, r in roundings.items() if r is not None and r.method == "lkd"}
+    if started:
+        found |= distill(model, started, batches, work, progress)
+    return found
 
 
 def _alone(weight: Array, rounding: Rounding, moment: Array | None) -> QuantizedWeight:

@@ -74,7 +74,7 @@ def quantize_gptq(
             block_size, bits, symmetric,
         )  # fmt: skip
         parts.append(chosen.weight(np.where(better, codes, nearest), depth))
-    return parts[0] if len(parts) == 1 else _side_by_side(parts)
+    return side_by_side(parts)
 
 
 def importance_in_blocks(diagonal: Array, block_size: int) -> Array:
@@ -145,7 +145,8 @@ def _round_in_turn(
     return codes, Grid(scale, zero, size, bits, symmetric)
 
 
-def _side_by_side(parts: list[QuantizedWeight]) -> QuantizedWeight:
+def side_by_side(parts: list[QuantizedWeight]) -> QuantizedWeight:
+    """One weight of several columns' each, rounded alike."""
     first = parts[0]
     zeros = [part.zero_point for part in parts if part.zero_point is not None]
     return QuantizedWeight(

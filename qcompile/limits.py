@@ -93,7 +93,7 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         raise ConfigError(target.obstacle)
     if scheme.method is not None and config.method not in ("rtn", scheme.method):
         raise ConfigError(f"scheme {scheme.name} and method {config.method} contradict each other")
-    in_blocks = scheme.has_methods or any(rule.in_blocks for _, rule in config.recipe.rules)
+    in_blocks = scheme.in_blocks or any(rule.in_blocks for _, rule in config.recipe.rules)
     for field in ("method", "block_size", "symmetric"):
         asked = getattr(config, field) != CompileConfig.model_fields[field].default
         sized = field == "block_size" and bool(scheme.labels) and not scheme.keeps

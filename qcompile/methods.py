@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Final, Literal, TypeAlias, get_args
 
-Method: TypeAlias = Literal["rtn", "mse", "hqq", "awq", "gptq", "awq+gptq", "spqr"]
+Method: TypeAlias = Literal[
+    "rtn", "mse", "hqq", "awq", "gptq", "awq+gptq", "adaround", "lkd", "spqr"
+]
 
 METHODS: Final[tuple[Method, ...]] = get_args(Method)
 
@@ -16,16 +18,18 @@ SUMMARIES: Final[dict[Method, str]] = {
     "awq": "input channels scaled by what calibration saw, ranges searched (arXiv 2306.00978)",
     "gptq": "errors made up for by the weights rounded later, layer after layer (arXiv 2210.17323)",
     "awq+gptq": "both: AWQ's scales, then GPTQ's rounding",
+    "adaround": "up or down learned for the outputs, from GPTQ's grid (arXiv 2004.10568)",
+    "lkd": "layers distilled one by one: weights and scales learned (ZeroQuant, arXiv 2206.01861)",
     "spqr": "as gptq, the input channels that rounding hurts most in float (arXiv 2306.03078)",
 }
 
 FOLDED: Final[tuple[Method, ...]] = ("awq", "awq+gptq")
 """Methods that scale a weight's input channels, as smoothing does."""
 
-SEQUENTIAL: Final[tuple[Method, ...]] = ("gptq", "awq+gptq", "spqr")
+SEQUENTIAL: Final[tuple[Method, ...]] = ("gptq", "awq+gptq", "adaround", "lkd", "spqr")
 """Methods that see what the layers before, already rounded, hand on."""
 
-CALIBRATED: Final[tuple[Method, ...]] = ("awq", "gptq", "awq+gptq", "spqr")
+CALIBRATED: Final[tuple[Method, ...]] = ("awq", "gptq", "awq+gptq", "adaround", "lkd", "spqr")
 """Methods that look at calibration data."""
 
 UNAVAILABLE: Final[dict[str, str]] = {

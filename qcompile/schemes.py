@@ -42,10 +42,15 @@ class Scheme:
         return self.name.partition(":")[0].removesuffix(f"kv{self.cache_bits}")
 
     @property
-    def has_methods(self) -> bool:
-        """Whether it is of weights alone, in blocks of integers."""
+    def in_blocks(self) -> bool:
+        """Whether it rounds weights alone, in blocks of integers."""
         in_blocks = bool(self.labels) and set(self.labels) <= {"weight8", "weight4"}
         return in_blocks and not self.keeps
+
+    @property
+    def has_methods(self) -> bool:
+        """Whether its name leaves open how."""
+        return self.in_blocks and SCHEMES[self.base].method is None
 
     @property
     def keeps(self) -> bool:
@@ -86,6 +91,10 @@ SCHEMES: Final = {
         Scheme("w4a16", "int4 weights in blocks, activations in float", ("weight4",)),
         Scheme("w4a8", "as w4a16 where the kernel rounds activations to int8", ("weight4",)),
         Scheme("mixed", "int4 or int8 weights in blocks, for --max-size", ("weight4", "weight8")),
+        Scheme(
+            "zeroquant", "w8a16:lkd where the kernel rounds activations", ("weight8",), method="lkd"
+        ),
+        Scheme("zeroquant4", "as zeroquant, int4 weights", ("weight4",), method="lkd"),
         Scheme("nf4", "NormalFloat4 weights in blocks of 64, activations in float", ("nf4",)),
         Scheme("fp4", "as nf4, with 4-bit floats", ("fp4",)),
         Scheme(KEPT, "a source that is quantised already, bit for bit", ("weight4", "weight8")),
@@ -126,7 +135,8 @@ def get_scheme(name: str) -> Scheme:
         raise ConfigError(f"scheme {scheme.name} has no methods, so {method!r} has no effect")
     if colon and known is None:
         raise ConfigError(f"unknown method {method!r}", hint=f"one of {', '.join(METHODS)}")
-    return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix), method=known)
+    method_ = known or scheme.method
+    return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix), method=method_)
 
 
 def parse_schemes(text: str) -> list[str]:

@@ -28,6 +28,9 @@ Array: TypeAlias = npt.NDArray[Any]
 Round: TypeAlias = Callable[[Linear, Array], QuantizedWeight]
 """Codes of a Linear, whose input has the second moments Σ xᵀx, [K, K]."""
 
+Part: TypeAlias = tuple[list[str], list[str], list[str]]
+"""Names at the cut before, to compute, and alive at the cut after."""
+
 ROWS: Final = 4096
 """Of an activation that are multiplied at once."""
 
@@ -58,8 +61,8 @@ def round_in_sequence(
     alive: list[Batch] = [dict(batch) for batch in batches]
     found: dict[str, QuantizedWeight] = {}
     for done, (site, part) in enumerate(_parts(model, sites)):
-        _advance(model, part, alive, work)
-        gram = _gram(alive, site)
+        advance(model, part, alive, work)
+        gram = gram_of(alive, site)
         for linear in site.linears:
             if linear.name not in names:
                 continue
@@ -73,14 +76,20 @@ def round_in_sequence(
     return found
 
 
-_Part: TypeAlias = tuple[list[str], list[str], list[str]]
-"""Names at the cut before, to compute, and alive at the cut after."""
-
-
-def _parts(model: ir.Model, sites: Sequence[Site]) -> Iterator[tuple[Site, _Part]]:
+def _parts(model: ir.Model, sites: Sequence[Site]) -> Iterator[tuple[Site, Part]]:
     """Each site, and the part of the graph that leads to it from the site before."""
+    place = {node: at for at, node in enumerate(model.graph)}
+    starts = {site.name: min(place[linear.matmul] for linear in site.linears) for site in sites}
+    ordered = sorted(sites, key=lambda site: starts[site.name])
+    yield from zip(
+        ordered, parts_before(model, [starts[site.name] for site in ordered]), strict=True
+    )
+
+
+def parts_before(model: ir.Model, places: Sequence[int]) -> Iterator[Part]:
+    """What leads to the cut before the node at each of `places`, ascending, from the cut before
+    it; the number of nodes stands for the end."""
     nodes = list(model.graph)
-    place = {node: at for at, node in enumerate(nodes)}
     last_use: dict[ir.Value, int] = {}
     for at, node in enumerate(nodes):
         for value in _reads(node):
@@ -89,15 +98,15 @@ def _parts(model: ir.Model, sites: Sequence[Site]) -> Iterator[tuple[Site, _Part
         last_use[value] = len(nodes)
     known = [value for value in model.graph.inputs if value in last_use]
     start = 0
-    for site in sorted(sites, key=lambda s: min(place[x.matmul] for x in s.linears)):
+    for place in places:
         # Parallel sites (experts, towers) may have the later one's input made earlier: then no
         # node lies between.
-        stop = max(start, min(place[linear.matmul] for linear in site.linears))
+        stop = max(start, place)
         between = (value for node in nodes[start:stop] for value in node.outputs)
         made = [value for value in between if last_use.get(value, -1) >= stop]
         kept = [value for value in known if last_use[value] >= stop]
         after = [*kept, *made]
-        yield site, (_names(known), _names(made), _names(after))
+        yield _names(known), _names(made), _names(after)
         known, start = after, stop
 
 
@@ -116,7 +125,7 @@ def _reads(node: ir.Node) -> Iterator[ir.Value]:
                     yield from (value for value in inner.inputs if value is not None)
 
 
-def _advance(model: ir.Model, part: _Part, alive: list[Batch], work: Path) -> None:
+def advance(model: ir.Model, part: Part, alive: list[Batch], work: Path) -> None:
     """Compute a part of the graph for every batch, and drop what is not read any more."""
     known, made, kept = part
     if made:
@@ -137,7 +146,7 @@ def _advance(model: ir.Model, part: _Part, alive: list[Batch], work: Path) -> No
             del batch[name]
 
 
-def _gram(alive: Sequence[Batch], site: Site) -> Array:
+def gram_of(alive: Sequence[Batch], site: Site) -> Array:
     """Σ xᵀx over all rows, float64 [K, K]."""
     gram = np.zeros((site.channels, site.channels))
     for batch in alive:

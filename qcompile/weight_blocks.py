@@ -72,6 +72,20 @@ def in_blocks(weight: Array, block_size: int) -> Array:
     return padded.reshape(-1, block_size, weight.shape[1])
 
 
+def as_grid(found: QuantizedWeight, columns: slice = slice(None)) -> tuple[Grid, Array]:
+    """The grid of a weight in blocks, or of some `columns` of it, and its codes [blocks,
+    block_size, N]; a short last block is filled with the code of zero."""
+    assert found.block_size is not None
+    scale = np.ascontiguousarray(found.scale[:, columns])
+    zero = np.zeros_like(scale)
+    if found.zero_point is not None:
+        zero = found.zero_point[:, columns].astype(np.float32)
+    codes = np.repeat(zero, found.block_size, axis=0)
+    codes[: len(found.codes)] = found.codes[:, columns]
+    grid = Grid(scale, zero, found.block_size, found.bits, found.zero_point is None)
+    return grid, codes.reshape(len(scale), found.block_size, -1)
+
+
 def full_range(blocks: Array, *, bits: int, symmetric: bool) -> Grid:
     """The grid that clips nothing, but for half a step.
 

@@ -49,7 +49,8 @@ class Target(abc.ABC):
     variants: tuple[str, ...] = ()
     capabilities: tuple[Capability, ...] = ()
     schemes: tuple[str, ...] = (
-        "fp32", "w8a8", "llm-int8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4", "checkpoint"
+        "fp32", "w8a8", "llm-int8", "w8a16", "w4a16", "w4a8", "mixed", "zeroquant", "zeroquant4",
+        "nf4", "fp4", "checkpoint",
     )  # fmt: skip
     """Names of the schemes that it runs."""
     floats: Floats = "float32"

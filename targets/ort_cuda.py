@@ -58,7 +58,10 @@ class OrtCuda(Target):
     name = "ort-cuda"
     summary = "ONNX Runtime, CUDA provider, INT8 kernels of our own"
     variants = ("sm80", "sm89", "sm90")
-    schemes = ("fp32", "fp16", "w8a8", "llm-int8", "fp8", "w8a16", "w4a16", "mixed", "checkpoint")
+    schemes = (
+        "fp32", "fp16", "w8a8", "llm-int8", "fp8", "w8a16", "w4a16", "mixed", "zeroquant",
+        "zeroquant4", "checkpoint",
+    )  # fmt: skip
     floats = "float16"
     caches = ("float16",)
     genai = "cuda"

@@ -175,8 +175,8 @@ def test_schemes(run_cli: RunCli) -> None:
     assert (outcome.status, outcome.stderr) == (0, "")
     names = [line.split()[0] for line in outcome.stdout.splitlines()]
     schemes = [
-        "fp32", "fp16", "w8a8", "llm-int8", "fp8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4",
-        "checkpoint",
+        "fp32", "fp16", "w8a8", "llm-int8", "fp8", "w8a16", "w4a16", "w4a8", "mixed",
+        "zeroquant", "zeroquant4", "nf4", "fp4", "checkpoint",
     ]  # fmt: skip
     methods = [f":{method}" for method in METHODS]
     assert names == [*schemes, "Methods", *methods, "…kv8", "…kv4"]

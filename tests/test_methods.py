@@ -160,6 +160,7 @@ def test_a_scheme_names_its_method() -> None:
     scheme = get_scheme("w4a16kv8:awq+gptq")
     assert (scheme.base, scheme.method, scheme.cache_bits) == ("w4a16", "awq+gptq", 8)
     assert get_scheme("w4a16").method is None
+    assert get_scheme("zeroquant4kv8").method == "lkd"
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,7 @@ def test_a_scheme_names_its_method() -> None:
         ("w4a16:best", "unknown method 'best'"),
         ("w4a16:", "unknown method ''"),
         ("w8a8:gptq", "scheme w8a8 has no methods"),
+        ("zeroquant:gptq", "scheme zeroquant has no methods"),
         ("nf4:dq", "takes them as floats"),
         ("nf4:gptq", "scheme nf4 has no methods"),
         ("checkpoint:gptq", "scheme checkpoint has no methods"),
