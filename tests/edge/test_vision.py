@@ -1,0 +1,156 @@
+"""Vision models for onnx-edge: a trained CNN keeps its accuracy, random ones their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from sklearn.datasets import load_digits
+
+import qcompile
+from qcompile.pipeline import Shared, compile_shared
+from qcompile.progress import Phases
+from qcompile.report import Report
+from qcompile.schemes import get_scheme
+from qcompile.targets import get_target
+
+
+class DigitsNet(torch.nn.Module):
+    """A Conv, a depthwise-separable one and a residual branch, with norms, pooling, HardSwish."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = torch.nn
+        self.stem = layers.Sequential(
+            layers.Conv2d(1, 16, 3, padding=1), layers.BatchNorm2d(16), layers.ReLU()
+        )
+        self.separable = layers.Sequential(
+            layers.Conv2d(16, 16, 3, padding=1, groups=16, bias=False),
+            layers.BatchNorm2d(16),
+            layers.ReLU6(),
+            layers.Conv2d(16, 16, 1, bias=False),
+            layers.BatchNorm2d(16),
+        )
+        self.head = layers.Sequential(
+            layers.Hardswish(), layers.MaxPool2d(2), layers.Flatten(), layers.Linear(256, 10)
+        )
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.stem(pixels)
+        logits: torch.Tensor = self.head(x + self.separable(x))
+        return logits
+
+
+def test_digits_keep_their_accuracy(tmp_path: Path) -> None:
+    digits = load_digits()
+    images = (digits.images[:, None] / 16).astype(np.float32)
+    seen, new = images[:1200], images[1200:]
+    torch.manual_seed(0)
+    net = DigitsNet()
+    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(4):
+        for part in torch.randperm(len(seen)).split(64):
+            optimiser.zero_grad()
+            loss = torch.nn.functional.cross_entropy(
+                net(torch.from_numpy(seen)[part]), torch.from_numpy(digits.target)[part]
+            )
+            loss.backward()
+            optimiser.step()
+    made = qcompile.compile(
+        (net, torch.zeros(2, 1, 8, 8)),
+        target="onnx-edge",
+        calibration=[{"pixels": seen}],
+        config=qcompile.CompileConfig(task="image-classification"),
+        output=tmp_path / "digits",
+    )
+    convs = [unit for unit in made.report.units if unit.op == "Conv"]
+    assert len(convs) == 3 and all(unit.codes == "uint8" for unit in convs)
+
+    def accuracy(logits: np.ndarray) -> float:
+        return float((logits.argmax(1) == digits.target[1200:]).mean())
+
+    with torch.no_grad():
+        expected = accuracy(net.eval()(torch.from_numpy(new)).numpy())
+    found = accuracy(made.session().run(None, {"pixels": new})[0])
+    assert expected > 0.9
+    assert abs(found - expected) <= 0.005
+
+
+def images(count: int, seed: int) -> np.ndarray:
+    """Smooth patterns and a little noise, float32 [count, 3, 32, 32]."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(count, 3, 8, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(patterns, size=(32, 32), mode="bilinear")
+    noise = torch.randn(count, 3, 32, 32, generator=generator)
+    return np.asarray((smooth + 0.2 * noise).numpy(), np.float32)
+
+
+def resnet() -> Any:
+    config = transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32, 64], depths=[2, 2, 2], num_labels=10
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+def mobilenet() -> Any:
+    """Its weights are drawn so that signals neither die out, as they do by default (to 1e-26 after
+    52 layers), nor grow until ReLU6 is all that is left of them."""
+    config = transformers.MobileNetV2Config(image_size=32, depth_multiplier=0.35, num_labels=10)
+    model: Any = transformers.MobileNetV2ForImageClassification(config)
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.Conv2d):
+            bottleneck = name.startswith("mobilenet_v2.layer") and "expand" in name
+            linear = bottleneck or "first_conv" in name  # no ReLU is before it
+            torch.nn.init.kaiming_normal_(part.weight, nonlinearity="linear" if linear else "relu")
+    for layer in model.mobilenet_v2.layer:
+        if layer.use_residual:
+            layer.reduce_1x1.convolution.weight.data *= 0.5
+    torch.nn.init.normal_(model.classifier.weight, std=0.1)
+    return model
+
+
+def vit() -> Any:
+    """The token that is classified is as large as the others: it starts near zero by default."""
+    config = transformers.ViTConfig(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96,
+        image_size=32, patch_size=8, initializer_range=0.1, num_labels=10,
+    )  # fmt: skip
+    model: Any = transformers.ViTForImageClassification(config)
+    torch.nn.init.normal_(model.vit.embeddings.cls_token)
+    torch.nn.init.normal_(model.vit.embeddings.position_embeddings)
+    return model
+
+
+@pytest.mark.parametrize("make", [resnet, mobilenet, vit])
+def test_random_weights_keep_their_logits(tmp_path: Path, make: Callable[[], Any]) -> None:
+    """More than 20 dB with equalisation and bias correction, and more than without."""
+    torch.manual_seed(0)
+    model = make()
+    for part in model.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(part.weight, 0.5, 1.5)
+            torch.nn.init.normal_(part.bias, std=0.1)
+            torch.nn.init.normal_(part.running_mean, std=0.1)
+            torch.nn.init.uniform_(part.running_var, 0.5, 1.5)
+    model.save_pretrained(tmp_path / "model")
+    work = tmp_path / "work"
+    work.mkdir()
+    calibration = [{"pixel_values": images(144, seed=1)}]
+    shared = Shared(str(tmp_path / "model"), calibration, work, several=True)
+
+    def compiled(corrected: bool) -> Report:
+        folder = tmp_path / f"{corrected}"
+        folder.mkdir()
+        config = qcompile.CompileConfig(equalize=corrected, bias_correction=corrected)
+        target, scheme = get_target("onnx-edge"), get_scheme("w8a8")
+        return compile_shared(shared, target, "onnx-edge", scheme, config, folder, Phases())
+
+    plain, corrected = compiled(False).accuracy, compiled(True).accuracy
+    print(make.__name__, plain, corrected)
+    assert corrected["sqnr_db"] > 20
+    assert corrected["sqnr_db"] > plain["sqnr_db"]
