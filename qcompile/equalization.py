@@ -73,6 +73,13 @@ class EqualizationPlan:
     pairs: tuple[Equalized, ...] = ()
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def told(self, name: str) -> str | None:
+        """What was decided for the input channels of the op `name`, in words."""
+        for pair in self.pairs:
+            if pair.second == name:
+                return f"scales from {pair.first}: {pair.gain:.2f} of the predicted error"
+        return self.refused.get(name)
+
 
 def wanted_values(ops: list[Weighted]) -> dict[str, tuple[int, int]]:
     """What `plan_equalization` has to know of: value name -> (axis of its channels, how many)."""
