@@ -13,6 +13,7 @@ Takes any folder with a ``genai_config.json``: artifacts compiled with --cache, 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import statistics
 import time
@@ -84,11 +85,13 @@ def _times(
         generator.append_tokens(ids)
         generator.generate_next_token()
         prompts[name] = time.perf_counter() - start
+    order = collections.deque(generators.items())
     for _ in range(given.new_tokens - 1):
-        for name, generator in generators.items():
+        for name, generator in order:
             start = time.perf_counter()
             generator.generate_next_token()
             steps[name].append(time.perf_counter() - start)
+        order.rotate()
     return {name: (prompts[name], steps[name]) for name in models}
 
 

@@ -53,6 +53,8 @@ def print_ops(report: Report, console: Console) -> None:
     for row in report.leftovers:
         ops.add_row(escape(row.name), "", "float", "", "", "", f"{row.op}: {escape(row.reason)}")
     console.print(ops)
+    if report.units:
+        _print_units(report, console)
     if report.planning is not None:
         _print_planning(report, report.planning, console)
     if not report.sites:
@@ -71,6 +73,26 @@ def print_ops(report: Report, console: Console) -> None:
             escape(site.smoothing),
         )
     console.print(sites)
+
+
+def _print_units(report: Report, console: Console) -> None:
+    """Every op of a graph whose tensors have codes, weight or not."""
+    table = Table(title="ops, and the codes of what they leave")
+    for column in ("op", "type", "codes", "scale", "zero", "rounding", "SQNR", "weights", "reason"):
+        table.add_column(column, overflow="fold")
+    for unit in report.units:
+        table.add_row(
+            escape(unit.name),
+            unit.op,
+            unit.codes or "float",
+            f"{unit.scale:.3g}" if unit.scale is not None else "",
+            str(unit.zero_point) if unit.zero_point is not None else "",
+            f"{unit.predicted_db:.1f} dB" if unit.predicted_db is not None else "",
+            f"{unit.sqnr_db:.1f} dB" if unit.sqnr_db is not None else "",
+            unit.weights or "",
+            escape(unit.reason),
+        )
+    console.print(table)
 
 
 def _print_planning(report: Report, planning: Planning, console: Console) -> None:

@@ -71,8 +71,11 @@ def _installed() -> None:
 def artifact(tiny_opt: Path, tmp_path_factory: pytest.TempPathFactory) -> qcompile.Artifact:
     return qcompile.compile(
         _MODEL,
+        target="onnx-edge:web",
         calibration=tiny_opt / "calibration.txt",
-        config=qcompile.CompileConfig(samples=8, seq_len=32, objective="scheme"),
+        config=qcompile.CompileConfig(
+            samples=8, seq_len=32, recipe=qcompile.Recipe.read(_EXAMPLE / "recipe.yaml")
+        ),
         output=tmp_path_factory.mktemp("browser") / "out",
     )
 

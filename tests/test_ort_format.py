@@ -12,11 +12,14 @@ import pytest
 import qcompile
 from qcompile import ort_format
 from qcompile.artifact import damaged_files, read_record, read_sample
+from qcompile.config import CompileConfig
+from qcompile.edge.options import EdgeOptions
 from qcompile.errors import ModelError, VerificationError
 from qcompile.kernels import read_back
 from qcompile.ort_format import OrtStyle, write_ort
 from qcompile.session import open_session, run_outputs
 from tests.cli_runner import RunCli
+from tests.edge.models import convolutional, images, saved
 from tests.support import from_text
 
 
@@ -121,3 +124,21 @@ def test_what_cannot_be_written(artifact_copy: Path, monkeypatch: pytest.MonkeyP
 def test_refused_where_no_reduced_build_runs_it(run_cli: RunCli, tiny_opt: Path) -> None:
     error = run_cli(tiny_opt, "--target", "ort-cuda:sm90", "--format", "ort").error
     assert "format ort is for reduced builds of ONNX Runtime" in error
+
+
+@pytest.mark.parametrize(("profile", "fused"), [("generic", True), ("nnapi", False)])
+def test_edge_profiles(profile: str, fused: bool, tmp_path: Path) -> None:
+    """What ONNX Runtime's own kernels run is fused; other providers find the operators of ONNX."""
+    source, feeds = saved(convolutional(), tmp_path / "cnn.onnx"), images()
+    edge = EdgeOptions(shapes={} if fused else {"x": (1, 3, 8, 8)})
+    config = CompileConfig(samples=16, opset=21, format="ort", edge=edge)
+    target, output = f"onnx-edge:{profile}", tmp_path / "out"
+    artifact = qcompile.compile(
+        source, target=target, calibration=feeds, config=config, output=output
+    )
+    wanted = run_outputs(artifact.session(), feeds[0])["y"]
+    found = run_outputs(open_session(output / "model.ort"), feeds[0])["y"]
+    step = next(row.scale for row in artifact.report.units[::-1] if row.scale is not None)
+    assert np.abs(found - wanted).max() <= 1.01 * step
+    contrib = [op for op in required(output / "required_operators.config") if "." in op]
+    assert bool(contrib) == fused

@@ -73,10 +73,13 @@ def test_a_transformer_in_every_opset(opset: int, tmp_path: Path) -> None:
     assert artifact.report.accuracy["sqnr_db"] > 20.0
 
 
-def test_the_reference_evaluator_agrees(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["convolutional", "transformer"])
+def test_the_reference_evaluator_agrees(kind: str, tmp_path: Path) -> None:
     """ONNX's own implementation of the standard gives what ONNX Runtime gives."""
-    source = saved(convolutional(), tmp_path / "cnn.onnx")
-    feeds = images()
+    model, feeds = (
+        (convolutional(), images()) if kind == "convolutional" else (transformer(), sentences())
+    )
+    source = saved(model, tmp_path / "model.onnx")
     artifact = qcompile.compile(
         source, target="onnx-edge", calibration=feeds, config=CompileConfig(samples=16, opset=21),
         output=tmp_path / "out",
