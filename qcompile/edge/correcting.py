@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompile.calibration.channels import observe_channels
 from qcompile.correction import CorrectionPlan, plan_correction
-from qcompile.edge.plan import LIMITS, ConstantQuant, EdgePlan
+from qcompile.edge.plan import BITS, LIMITS, ConstantQuant, EdgePlan
 from qcompile.edge.profiles import Profile
 from qcompile.edge.settings import Settings
 from qcompile.equalization import EqualizationPlan, plan_equalization, wanted_values
@@ -38,7 +38,8 @@ def equalization_of(
     ops = find_weighted(graph.graph)
     stats = observe_channels(graph, wanted_values(ops), batches, work, progress=progress)
     per_channel = settings.per_channel and "Conv" in profile.per_channel
-    return plan_equalization(ops, stats, per_channel=per_channel)
+    bits = BITS[settings.activation]
+    return plan_equalization(ops, stats, per_channel=per_channel, bits=bits)
 
 
 def correction_of(
