@@ -38,6 +38,14 @@ class CorrectionPlan:
     shifts: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def told(self, name: str) -> str | None:
+        """What was decided for the bias of the op `name`, in words."""
+        shift = self.shifts.get(name)
+        if shift is None:
+            return self.refused.get(name)
+        most = np.abs(shift).max(initial=0.0)
+        return f"{np.count_nonzero(shift)} of {len(shift)} channels, by up to {most:.3g}"
+
 
 def correct_linears(
     graph: ir.Model,
@@ -77,16 +85,14 @@ def plan_correction(
         ops: quantised ops of `reference`, in graph order.
         batches: calibration data.
         work: the folder that holds the graphs' external weights.
-        unbiased: names of ops whose kernel takes no bias.
+        unbiased: names of ops whose bias cannot be had.
         progress: called with (batches done, batches in all).
 
     Raises:
         CalibrationError: an output is NaN or infinite on this data.
     """
     refused = {
-        op.name: "it has no bias, and its kernel takes none"
-        for op in ops
-        if op.bias is None and op.name in unbiased
+        op.name: "it has no bias that is a part of its kernel" for op in ops if op.name in unbiased
     }
     ops = [op for op in ops if op.name not in refused]
     if not ops:

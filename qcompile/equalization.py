@@ -73,6 +73,13 @@ class EqualizationPlan:
     pairs: tuple[Equalized, ...] = ()
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def told(self, name: str) -> str | None:
+        """What was decided for the input channels of the op `name`, in words."""
+        for pair in self.pairs:
+            if pair.second == name:
+                return f"scales from {pair.first}: {pair.gain:.2f} of the predicted error"
+        return self.refused.get(name)
+
 
 def wanted_values(ops: list[Weighted]) -> dict[str, tuple[int, int]]:
     """What `plan_equalization` has to know of: value name -> (axis of its channels, how many)."""
@@ -87,7 +94,11 @@ def wanted_values(ops: list[Weighted]) -> dict[str, tuple[int, int]]:
 
 
 def plan_equalization(
-    ops: list[Weighted], stats: Mapping[str, ChannelStats], *, per_channel: bool
+    ops: list[Weighted],
+    stats: Mapping[str, ChannelStats],
+    *,
+    per_channel: bool,
+    bits: int = 8,
 ) -> EqualizationPlan:
     """Decide the scales of all pairs.
 
@@ -95,6 +106,7 @@ def plan_equalization(
         ops: of the float graph, in graph order.
         stats: of `wanted_values`, by value name.
         per_channel: whether weights have one scale per output channel, or one.
+        bits: of the codes of activations.
     """
     pairs, refused = find_pairs(ops)
     weights = {op.name: op.blocks() for pair in pairs for op in (pair.first, pair.second)}
@@ -104,7 +116,7 @@ def plan_equalization(
     for _ in range(SWEEPS):
         changed = False
         for at, pair in enumerate(pairs):
-            trial = _Trial(pair, weights, inputs, per_channel)
+            trial = _Trial(pair, weights, inputs, per_channel, bits)
             candidates = trial.candidates()
             if pair.limit is not None:
                 seen = stats[str(pair.first.output.name)].maximum / scales[at]
@@ -142,10 +154,12 @@ class _Trial:
         weights: Mapping[str, Array],
         inputs: Mapping[str, ChannelStats],
         per_channel: bool,
+        bits: int,
     ) -> None:
         self.first, self.second = weights[pair.first.name], weights[pair.second.name]
         self.channels = pair.channels
         self.per_channel = per_channel
+        self.steps = 2.0**bits - 1.0
         self.x = inputs[pair.second.name]
         # Of the second weight, per group: [groups, out, in]; and per input channel.
         self.largest = np.abs(self.second).max(axis=3)
@@ -170,7 +184,7 @@ class _Trial:
         its input, of its weight, and of the first op's weight are each off by uniform noise."""
         s = scale[self.channels]
         low, high = (self.x.minimum / s).min(), (self.x.maximum / s).max()
-        step = (max(high, 0.0) - min(low, 0.0)) / 255.0
+        step = (max(high, 0.0) - min(low, 0.0)) / self.steps
         reach = self.energy * np.square(s)
         # Zero is a code exactly.
         rounded = self.x.nonzero / self.x.count

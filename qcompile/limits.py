@@ -86,6 +86,8 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
             "read, so equalize has no effect",
             hint="--smooth moves scales there",
         )
+    if config.equalize and not scheme.quantizes:
+        raise ConfigError(f"scheme {scheme.name} quantises nothing, so equalize has no effect")
     if config.bias_correction and (scheme.keeps or not scheme.quantizes):
         what = "keeps its codes as they are" if scheme.keeps else "quantises nothing"
         raise ConfigError(f"scheme {scheme.name} {what}, so bias_correction has no effect")

@@ -149,6 +149,8 @@ class UnitRow(_Model):
         predicted_db: SQNR of rounding its output alone, from calibration.
         sqnr_db: of its output against the float graph's, with the errors of all ops before it.
         weights: type of the weight's codes, and how many scales it has; None: it has no weight.
+        equalized: what cross-layer equalisation did before it, or why nothing; None: nothing asked.
+        corrected: what bias correction did to its bias, likewise.
     """
 
     name: str
@@ -161,6 +163,8 @@ class UnitRow(_Model):
     predicted_db: float | None = None
     sqnr_db: float | None = None
     weights: str | None = None
+    equalized: str | None = None
+    corrected: str | None = None
 
 
 class LeftoverRow(_Model):

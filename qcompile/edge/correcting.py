@@ -13,7 +13,9 @@ import onnx_ir as ir
 
 from qcompile.calibration.channels import observe_channels
 from qcompile.correction import CorrectionPlan, plan_correction
-from qcompile.edge.plan import LIMITS, ConstantQuant, EdgePlan
+from qcompile.edge.plan import BITS, LIMITS, ConstantQuant, EdgePlan
+from qcompile.edge.profiles import Profile
+from qcompile.edge.settings import Settings
 from qcompile.equalization import EqualizationPlan, plan_equalization, wanted_values
 from qcompile.passes.quantize_tensors import QuantizeTensors
 from qcompile.traced import Batch
@@ -27,14 +29,17 @@ def equalization_of(
     graph: ir.Model,
     batches: Sequence[Batch],
     work: Path,
+    settings: Settings,
+    profile: Profile,
     *,
-    per_channel: bool,
     progress: Progress | None = None,
 ) -> EqualizationPlan:
     """Which scales to move between the ops of `graph`, from calibration data."""
     ops = find_weighted(graph.graph)
     stats = observe_channels(graph, wanted_values(ops), batches, work, progress=progress)
-    return plan_equalization(ops, stats, per_channel=per_channel)
+    per_channel = settings.per_channel and "Conv" in profile.per_channel
+    bits = BITS[settings.activation]
+    return plan_equalization(ops, stats, per_channel=per_channel, bits=bits)
 
 
 def correction_of(
@@ -45,12 +50,18 @@ def correction_of(
     *,
     progress: Progress | None = None,
 ) -> CorrectionPlan:
-    """By how much the ops of `plan` are off on average. `graph` is as it was planned for."""
-    planned = {unit.nodes[0] for unit in plan.quantized}
-    ops = [op for op in find_weighted(graph.graph) if op.node.name in planned]
+    """By how much the ops of `plan` are off on average. `graph` is as it was planned for; an op
+    whose bias has no codes is left as it is."""
+    coded = {c.node for c in plan.constants if c.code == "int32"}
+    planned = {unit.nodes[0]: coded.isdisjoint(unit.nodes) for unit in plan.quantized}
+    ops = [
+        dataclasses.replace(op, name=str(op.node.name))
+        for op in find_weighted(graph.graph)
+        if op.node.name in planned
+    ]
     quantized = graph.clone()
     QuantizeTensors(plan)(quantized)
-    unbiased = {op.name for op in ops if not op.convolves}
+    unbiased = {name for name, without in planned.items() if without}
     return plan_correction(
         graph, quantized, ops, batches, work, unbiased=unbiased, progress=progress
     )

@@ -81,10 +81,10 @@ def compile_edge(
     with phases.phase("lower"):
         graph, float_path = _primitive(graph, config.opset, work)
     equalization, correction = EqualizationPlan(), CorrectionPlan()
-    if scheme.quantizes and config.equalize is not False:
+    if scheme.quantizes and profile.activations and config.equalize is not False:
         with phases.phase("equalize") as step:
             equalization = equalization_of(
-                graph, data.calibration, work, per_channel=settings.per_channel, progress=step
+                graph, data.calibration, work, settings, profile, progress=step
             )
             run(graph, [Equalize(equalization)])
             graph, float_path = spill(graph, work, "equalized"), work / "equalized.onnx"
@@ -101,7 +101,7 @@ def compile_edge(
             narrow = choose_narrow(graph, plan, units, seen, profile, config)
             if narrow:
                 plan = plan_edge(units, seen, profile, settings, kept, narrow)
-        if config.bias_correction is not False:
+        if profile.activations and config.bias_correction is not False:
             with phases.phase("correct") as step:
                 correction = correction_of(graph, plan, data.calibration, work, progress=step)
             plan = with_shifts(plan, correction.shifts)
@@ -124,8 +124,9 @@ def compile_edge(
             write_ort(path, target.ort_style, data.held_back[0], runtime)
 
     report = make_edge_report(
-        model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases
-    )
+        model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases,
+        equalization, correction,
+    )  # fmt: skip
     artifact.complete(
         folder, model, target, report, ranges, plan, None, config, data.held_back[0],
         work / "traced.onnx",

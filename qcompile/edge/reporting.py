@@ -12,8 +12,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qcompile.cache import fed
 from qcompile.calibration.data import CalibrationData
+from qcompile.correction import CorrectionPlan
 from qcompile.edge.plan import ConstantQuant, EdgePlan, UnitPlan
 from qcompile.edge.units import WEIGHTED
+from qcompile.equalization import EqualizationPlan
 from qcompile.metrics import sqnr_db
 from qcompile.progress import Phases
 from qcompile.report import OpRow, Report, SiteRow, UnitRow
@@ -40,6 +42,8 @@ def make_edge_report(
     findings: Verification,
     sqnr: Mapping[str, float],
     phases: Phases,
+    equalization: EqualizationPlan,
+    correction: CorrectionPlan,
 ) -> Report:
     """The report of one compilation; sizes are filled in when the artifact is complete.
 
@@ -71,7 +75,9 @@ def make_edge_report(
             for unit in plan.quantized
             if unit.name in weights and unit.op in WEIGHTED
         ],
-        units=[_unit_row(unit, plan, weights, sqnr) for unit in plan.units],
+        units=[
+            _unit_row(unit, plan, weights, sqnr, equalization, correction) for unit in plan.units
+        ],
         seconds=dict(phases.seconds),
     )
 
@@ -147,6 +153,8 @@ def _unit_row(
     plan: EdgePlan,
     weights: Mapping[str, ConstantQuant],
     sqnr: Mapping[str, float],
+    equalization: EqualizationPlan,
+    correction: CorrectionPlan,
 ) -> UnitRow:
     tensor = plan.tensor(unit.output) if unit.code is not None else None
     weight = weights.get(unit.name)
@@ -161,4 +169,6 @@ def _unit_row(
         predicted_db=tensor.sqnr_db if tensor else None,
         sqnr_db=sqnr.get(unit.name),
         weights=f"{weight.code}, {weight.scale.size} scales" if weight else None,
+        equalized=equalization.told(unit.name),
+        corrected=correction.told(unit.nodes[0]),
     )

@@ -43,6 +43,11 @@ def choose_settings(profile: Profile, config: CompileConfig) -> Settings:
     activation: Code = asked.activation_type or preferred[0]
     if asked.activation_type and not profile.activations:
         raise ConfigError(f"profile {profile.name} leaves activations in float")
+    for option in ("equalize", "bias_correction"):
+        if getattr(config, option) and not profile.activations:
+            raise ConfigError(
+                f"profile {profile.name} leaves activations in float, so {option} has no effect"
+            )
     if activation not in preferred:
         raise ConfigError(
             f"profile {profile.name} has no {activation} activations",

@@ -98,8 +98,9 @@ def test_int16_activations_are_nearer_to_float(tmp_path: Path) -> None:
     feeds, found = images(), {}
     for kind in ("uint8", "uint16", "int16"):
         config = CompileConfig(
-            samples=16, opset=21, edge=EdgeOptions.model_validate({"activation_type": kind})
-        )
+            samples=16, opset=21, equalize=False, bias_correction=False,
+            edge=EdgeOptions.model_validate({"activation_type": kind}),
+        )  # fmt: skip
         found[kind] = qcompile.compile(
             source, target="onnx-edge", calibration=feeds, config=config, output=tmp_path / kind
         ).report
