@@ -20,12 +20,16 @@ from qcompile.edge.settings import Settings
 from qcompile.edge.units import Operand, Unit, axis_of
 from qcompile.errors import ModelError
 from qcompile.metrics import sqnr_db
+from qcompile.passes.constants import LARGEST
 
 Array = npt.NDArray[Any]
 
 LEAST_DB: Final = 12.0
 """A tensor that its codes would blur beyond this predicted SQNR stays in float, and what computes
 or reads it with it; of a Gaussian, eight bits keep some 40 dB."""
+
+_HIDDEN: Final = -LARGEST / 2
+"""Scores below are those of a mask."""
 
 _FIXED: Final = {"Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "HardSigmoid": (0.0, 1.0)}
 """Ranges that the op itself sets, whatever calibration saw."""
@@ -156,8 +160,12 @@ def affine(
 
 
 def rounding_db(stats: Stats, scale: float, zero_point: int, code: Code) -> float:
-    """SQNR of rounding a tensor, predicted from its histogram, in dB."""
+    """SQNR of rounding a tensor, predicted from its histogram, in dB.
+
+    What a mask hides counts as nothing: it is large, exact, and says nothing about the rest.
+    """
     values, counts = stats.weighted_values()
+    counts = np.where(values > _HIDDEN, counts, 0)
     least, most = LIMITS[code]
     low, high = (least - zero_point) * scale, (most - zero_point) * scale
     clipped = np.square(values - np.clip(values, low, high))

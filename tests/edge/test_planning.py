@@ -123,6 +123,15 @@ def test_infinite_values_stay_float(tmp_path: Path) -> None:
     assert not plan.quantized
 
 
+def test_a_mask_does_not_pass_for_what_it_hides(tmp_path: Path) -> None:
+    text = "g (float[200,5] x) => (float[200,5] y) { y = Softmax (x) }"
+    x = RNG.standard_normal((200, 5)).astype(np.float32)
+    assert plan_of(from_text(HEADER + text), [{"x": x}], tmp_path, "qnn")[1].quantized
+    x[:, ::2] = -65504.0
+    _, plan = plan_of(from_text(HEADER + text), [{"x": x}], tmp_path, "qnn")
+    assert not plan.quantized and "uint8 codes of x" in plan.units[0].reason
+
+
 def test_products_of_two_wide_activations(tmp_path: Path) -> None:
     text = "g (float[2,3,4] x, float[2,4,3] z) => (float[2,3,3] y) { y = MatMul (x, z) }"
     feeds: list[Feed] = [
