@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 import networkx as nx
@@ -17,15 +17,19 @@ from qcompile.edge.operands import quantize_bias, quantize_constant, quantize_op
 from qcompile.edge.plan import BITS, LIMITS, Code, ConstantQuant, EdgePlan, TensorQuant, UnitPlan
 from qcompile.edge.profiles import Profile
 from qcompile.edge.settings import Settings
-from qcompile.edge.units import Operand, Unit, axis_of
+from qcompile.edge.units import WEIGHTED, Operand, Unit, axis_of
 from qcompile.errors import ModelError
 from qcompile.metrics import sqnr_db
+from qcompile.passes.constants import LARGEST
 
 Array = npt.NDArray[Any]
 
-LEAST_DB: Final = 12.0
+LEAST_DB: Final = 20.0
 """A tensor that its codes would blur beyond this predicted SQNR stays in float, and what computes
 or reads it with it; of a Gaussian, eight bits keep some 40 dB."""
+
+_HIDDEN: Final = -LARGEST / 2
+"""Scores below are those of a mask."""
 
 _FIXED: Final = {"Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "HardSigmoid": (0.0, 1.0)}
 """Ranges that the op itself sets, whatever calibration saw."""
@@ -64,10 +68,12 @@ def plan_edge(
         return _weights_alone(units, refused, profile, settings)
     while True:
         chosen = [unit for unit in units if unit.first not in refused]
+        if profile.float_outputs:
+            _drop_unread(chosen, refused)
         _drop_idle_movers(chosen, refused)
         chosen = [unit for unit in chosen if unit.first not in refused]
         tensors = _plan_tensors(chosen, stats, profile, settings)
-        blurred = _blurred(chosen, tensors)
+        blurred = _blurred(chosen, tensors, profile)
         if not blurred:
             break
         refused |= blurred
@@ -156,8 +162,12 @@ def affine(
 
 
 def rounding_db(stats: Stats, scale: float, zero_point: int, code: Code) -> float:
-    """SQNR of rounding a tensor, predicted from its histogram, in dB."""
+    """SQNR of rounding a tensor, predicted from its histogram, in dB.
+
+    What a mask hides counts as nothing: it is large, exact, and says nothing about the rest.
+    """
     values, counts = stats.weighted_values()
+    counts = np.where(values > _HIDDEN, counts, 0)
     least, most = LIMITS[code]
     low, high = (least - zero_point) * scale, (most - zero_point) * scale
     clipped = np.square(values - np.clip(values, low, high))
@@ -166,6 +176,30 @@ def rounding_db(stats: Stats, scale: float, zero_point: int, code: Code) -> floa
     outside = (values < low) | (values > high)
     noise = float((counts * np.where(outside, clipped, rounded)).sum())
     return sqnr_db(float((counts * np.square(values)).sum()), noise)
+
+
+def _drop_unread(chosen: Sequence[Unit], refused: dict[ir.Node, str]) -> None:
+    """Codes that no product reads would only round."""
+    wanted = _read_as_codes(chosen)
+    for unit in chosen:
+        if unit.op not in WEIGHTED and not wanted.intersection(unit.outputs):
+            refused[unit.first] = "no product reads its codes"
+
+
+def _read_as_codes(chosen: Sequence[Unit]) -> set[ir.Value]:
+    """What products read, and what that is made of without a product. Units are in graph order."""
+    wanted: set[ir.Value] = set()
+    for unit in reversed(chosen):
+        if unit.op in WEIGHTED or wanted.intersection(unit.outputs):
+            wanted.update(unit.inputs)
+    return wanted
+
+
+def _coded(unit: Unit, wanted: set[ir.Value], profile: Profile) -> tuple[ir.Value, ...]:
+    """The tensors of a unit that have codes."""
+    if profile.float_outputs and unit.op in WEIGHTED:
+        return (*unit.inputs, *(value for value in unit.outputs if value in wanted))
+    return unit.tensors
 
 
 def _drop_idle_movers(chosen: Sequence[Unit], refused: dict[ir.Node, str]) -> None:
@@ -190,8 +224,9 @@ def _plan_tensors(
 ) -> dict[ir.Value, TensorQuant]:
     """Scales; tensors that must share one get that of the union of their ranges."""
     together: nx.Graph[ir.Value] = nx.Graph()
+    wanted = _read_as_codes(chosen)
     for unit in chosen:
-        together.add_nodes_from(unit.tensors)
+        together.add_nodes_from(_coded(unit, wanted, profile))
         if unit.moves:
             together.add_edges_from((unit.tensors[0], other) for other in unit.tensors[1:])
     held = defaultdict[ir.Value, list[tuple[float, float]]](list)
@@ -238,11 +273,18 @@ def _plan_tensors(
     return tensors
 
 
-def _blurred(chosen: Iterable[Unit], tensors: Mapping[ir.Value, TensorQuant]) -> dict[ir.Node, str]:
-    """Ops with a tensor of which too little would be left, and how little."""
+def _blurred(
+    chosen: Sequence[Unit], tensors: Mapping[ir.Value, TensorQuant], profile: Profile
+) -> dict[ir.Node, str]:
+    """Ops with a tensor of which too little would be left, and how little.
+
+    A product that may leave floats is judged by what it reads.
+    """
     found = {}
     for unit in chosen:
-        worst = min((tensors[v] for v in unit.tensors), key=lambda t: t.sqnr_db, default=None)
+        free = profile.float_outputs and unit.op in WEIGHTED
+        values = unit.inputs if free else unit.tensors
+        worst = min((tensors[v] for v in values), key=lambda t: t.sqnr_db, default=None)
         if worst is not None and worst.sqnr_db < LEAST_DB:
             found[unit.first] = (
                 f"{worst.code} codes of {worst.value} would keep {worst.sqnr_db:.0f} dB of it "

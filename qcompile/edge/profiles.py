@@ -40,6 +40,8 @@ class Profile:
         power_of_two: whether scales must be powers of two.
         weight_only: ops whose weights alone have codes, their activations staying in float.
         wide_products: whether two activations of 16 bits can be multiplied.
+        float_outputs: whether a product of codes may leave floats; what nothing reads as codes then
+            has none.
         static_shapes: whether the provider wants every shape to be known.
         opsets: the first and the last one that the provider reads.
         note: what a user should know.
@@ -57,6 +59,7 @@ class Profile:
     power_of_two: bool = False
     weight_only: frozenset[str] = frozenset()
     wide_products: bool = True
+    float_outputs: bool = False
     static_shapes: bool = False
     opsets: tuple[int, int] = (13, 23)
     note: str = ""
@@ -90,6 +93,7 @@ PROFILES: Final = {
             activations=("uint8", "int8", "uint16", "int16"),
             weights=("int8", "int4"),
             computes=_KERNELS,
+            float_outputs=True,
         ),
         Profile(
             name="web",
@@ -103,6 +107,7 @@ PROFILES: Final = {
             ),
             weights=("int8", "int4"),
             computes=_KERNELS,
+            float_outputs=True,
         ),
         Profile(
             name="qnn",

@@ -91,11 +91,11 @@ def test_movers_between_floats_stay_float(tmp_path: Path) -> None:
     w = RNG.standard_normal((8, 8)).astype(np.float32)
     model = from_text(HEADER + text, w=w, s=np.array([4, 4]))
     feeds: list[Feed] = [{"x": RNG.standard_normal((2, 8)).astype(np.float32)}]
-    _, plan = plan_of(model, feeds, tmp_path)
+    _, plan = plan_of(model, feeds, tmp_path, "nnapi")
     reasons = {unit.op: (unit.code, unit.reason) for unit in plan.units}
-    assert reasons["Erf"] == (None, "profile generic has no quantised Erf")
+    assert reasons["Erf"] == (None, "profile nnapi has no quantised Erf")
     assert reasons["Reshape"] == (None, "it only moves values, and no op beside it has codes")
-    assert reasons["MatMul"] == ("uint8", "profile generic")
+    assert reasons["MatMul"] == ("uint8", "profile nnapi")
 
 
 def test_what_its_codes_would_blur_stays_float(tmp_path: Path) -> None:
@@ -103,15 +103,33 @@ def test_what_its_codes_would_blur_stays_float(tmp_path: Path) -> None:
     text = "g (float[1,1000] x) => (float[1,1000] y) { y = Relu (x) }"
     x = RNG.uniform(-1.0, 1.0, (1, 1000)).astype(np.float32)
     feeds: list[Feed] = [{"x": x}]
-    assert plan_of(from_text(HEADER + text), feeds, tmp_path)[1].quantized
+    assert plan_of(from_text(HEADER + text), feeds, tmp_path, "qnn")[1].quantized
     spiked = x.copy()
     spiked[0, 5] = -1e4  # no seventh value: the histogram passes over it
-    _, plan = plan_of(from_text(HEADER + text), [{"x": spiked}], tmp_path)
+    _, plan = plan_of(from_text(HEADER + text), [{"x": spiked}], tmp_path, "qnn")
     assert not plan.quantized and "would keep" in plan.units[0].reason
     with pytest.raises(ModelError, match="nothing can be quantised"):
         require_any(plan)
-    _, wide = plan_of(from_text(HEADER + text), [{"x": spiked}], tmp_path, code="uint16")
+    _, wide = plan_of(from_text(HEADER + text), [{"x": spiked}], tmp_path, "qnn", "uint16")
     assert wide.quantized
+
+
+def test_a_product_may_leave_floats(tmp_path: Path) -> None:
+    """Where kernels give floats, what no product reads has no codes."""
+    text = """
+      g (float[40,8] x, float[8,8] w) => (float[40,8] y) {
+        a = MatMul (x, w)
+        r = Relu (a)
+        b = MatMul (r, w)
+        y = Add (b, x)
+      }"""
+    w = RNG.standard_normal((8, 8)).astype(np.float32)
+    feeds: list[Feed] = [{"x": RNG.standard_normal((40, 8)).astype(np.float32)}]
+    _, plan = plan_of(from_text(HEADER + text, w=w), feeds, tmp_path)
+    assert {tensor.value for tensor in plan.tensors} == {"x", "r"}
+    assert next(u.reason for u in plan.units if u.op == "Add") == "no product reads its codes"
+    _, plan = plan_of(from_text(HEADER + text, w=w), feeds, tmp_path, "qnn")
+    assert {tensor.value for tensor in plan.tensors} == {"x", "r", "b", "y"}
 
 
 def test_infinite_values_stay_float(tmp_path: Path) -> None:
@@ -119,8 +137,17 @@ def test_infinite_values_stay_float(tmp_path: Path) -> None:
     feeds: list[Feed] = [
         {"x": np.ones((1, 4), np.float32), "m": np.array([[0, 0, -np.inf, 0]], np.float32)}
     ]
-    _, plan = plan_of(from_text(HEADER + text), feeds, tmp_path)
-    assert not plan.quantized
+    _, plan = plan_of(from_text(HEADER + text), feeds, tmp_path, "qnn")
+    assert not plan.quantized and "uint8 codes of m" in plan.units[0].reason
+
+
+def test_a_mask_does_not_pass_for_what_it_hides(tmp_path: Path) -> None:
+    text = "g (float[200,5] x) => (float[200,5] y) { y = Softmax (x) }"
+    x = RNG.standard_normal((200, 5)).astype(np.float32)
+    assert plan_of(from_text(HEADER + text), [{"x": x}], tmp_path, "qnn")[1].quantized
+    x[:, ::2] = -65504.0
+    _, plan = plan_of(from_text(HEADER + text), [{"x": x}], tmp_path, "qnn")
+    assert not plan.quantized and "uint8 codes of x" in plan.units[0].reason
 
 
 def test_products_of_two_wide_activations(tmp_path: Path) -> None:

@@ -81,8 +81,8 @@ def test_the_reference_evaluator_agrees(kind: str, tmp_path: Path) -> None:
     )
     source = saved(model, tmp_path / "model.onnx")
     artifact = qcompile.compile(
-        source, target="onnx-edge", calibration=feeds, config=CompileConfig(samples=16, opset=21),
-        output=tmp_path / "out",
+        source, target="onnx-edge:qnn", calibration=feeds, output=tmp_path / "out",
+        config=CompileConfig(samples=16, opset=21, edge=EdgeOptions(shapes={"x": (1, 3, 8, 8)})),
     )  # fmt: skip
     evaluator = ReferenceEvaluator(onnx.load(tmp_path / "out" / "model.onnx"))
     expected = np.asarray(next(iter(evaluator.run(None, feeds[0]))))
