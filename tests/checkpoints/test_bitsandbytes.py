@@ -148,7 +148,7 @@ def test_a_state_that_does_not_fit_is_one_line(
     packers.float4(tmp_path, model, double=True)
     _state(tmp_path, **changes)
     with pytest.raises(ModelError, match=message):
-        qcompile.compile(tmp_path, output=tmp_path / "out")
+        qcompile.compile(tmp_path, config=SMALL, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_damaged_tensors_are_one_line(
     packers.float4(tmp_path, model, double=True)
     _part(tmp_path, part, change)
     with pytest.raises(ModelError, match=message):
-        qcompile.compile(tmp_path, output=tmp_path / "out")
+        qcompile.compile(tmp_path, config=SMALL, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -184,10 +184,10 @@ def test_eight_bits_that_do_not_fit(
     packers.llm_int8(tmp_path, model)
     _part(tmp_path, part, change)
     with pytest.raises(ModelError, match=message):
-        qcompile.compile(tmp_path, output=tmp_path / "out")
+        qcompile.compile(tmp_path, config=SMALL, output=tmp_path / "out")
 
 
 def test_a_folder_that_says_no_bits(model: Any, tmp_path: Path) -> None:
     packers.save(model, tmp_path, {"quant_method": "bitsandbytes"}, lambda w: ({}, w))
     with pytest.raises(ModelError, match="neither load_in_4bit nor load_in_8bit"):
-        qcompile.compile(tmp_path, output=tmp_path / "out")
+        qcompile.compile(tmp_path, config=SMALL, output=tmp_path / "out")

@@ -123,7 +123,7 @@ def test_damaged_tensors_are_one_line(
     packed = packers.gptq(tmp_path, model, act_order=True)
     damaged(packed.path, change)
     with pytest.raises(ModelError, match=message):
-        qcompile.compile(packed.path, output=tmp_path / "out")
+        qcompile.compile(packed.path, config=SMALL, output=tmp_path / "out")
 
 
 def test_weights_of_another_shape_than_the_model(model: Any, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_weights_of_another_shape_than_the_model(model: Any, tmp_path: Path) -> 
     with pytest.raises(
         ModelError, match="codes make a weight of 64×192, and the model's is 64×256"
     ):
-        qcompile.compile(packed.path, output=tmp_path / "out")
+        qcompile.compile(packed.path, config=SMALL, output=tmp_path / "out")
 
 
 def test_a_shard_that_is_cut_off_or_missing(model: Any, tmp_path: Path) -> None:
@@ -141,14 +141,14 @@ def test_a_shard_that_is_cut_off_or_missing(model: Any, tmp_path: Path) -> None:
     whole = (packed.path / "model.safetensors").read_bytes()
     (packed.path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match=r"safetensors is damaged or cut off$"):
-        qcompile.compile(packed.path, output=tmp_path / "out")
+        qcompile.compile(packed.path, config=SMALL, output=tmp_path / "out")
     (packed.path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="safetensors file"):
-        qcompile.compile(packed.path, output=tmp_path / "out")
+        qcompile.compile(packed.path, config=SMALL, output=tmp_path / "out")
     index = {"weight_map": {"a": "model-1.safetensors"}}
     (packed.path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="safetensors, which its index names"):
-        qcompile.compile(packed.path, output=tmp_path / "out")
+        qcompile.compile(packed.path, config=SMALL, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_what_is_not_read_is_named(
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     with pytest.raises(ModelError, match=message):
-        qcompile.compile(packed.path, output=tmp_path / "out")
+        qcompile.compile(packed.path, config=SMALL, output=tmp_path / "out")
 
 
 def test_shards_are_one_checkpoint(model: Any, tmp_path: Path) -> None:
