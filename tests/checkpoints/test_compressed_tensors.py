@@ -169,7 +169,7 @@ def test_zero_points_that_are_no_codes_are_refused(model: Any, tmp_path: Path) -
     tensors[f"{name}.weight_zero_point"][0] = 9
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=f"{name}.weight_zero_point holds values of more than 4"):
-        qcompile.compile(tmp_path, output=tmp_path / "out")
+        qcompile.compile(tmp_path, config=SMALL, output=tmp_path / "out")
 
 
 def test_a_zero_point_of_activations_that_is_no_code_is_refused(
@@ -209,4 +209,4 @@ def test_what_is_not_read_is_named(
         json.dumps(config | {"quantization_config": settings | change})
     )
     with pytest.raises(ModelError, match=message):
-        qcompile.compile(tmp_path, output=tmp_path / "out")
+        qcompile.compile(tmp_path, config=SMALL, output=tmp_path / "out")

@@ -56,7 +56,9 @@ def test_kept_beside_codes(adapter: Path, tmp_path: Path) -> None:
     packed = packers.gptq(tmp_path / "model", tiny())
     with pytest.raises(ModelError, match="cannot be merged into weights that are codes"):
         qcompile.compile(
-            packed.path, config=qcompile.CompileConfig(adapter=adapter), output=tmp_path / "out"
+            packed.path,
+            config=qcompile.CompileConfig(adapter=adapter, seq_len=16),
+            output=tmp_path / "out",
         )
     config = qcompile.CompileConfig(
         adapter=adapter, adapter_mode="keep", samples=4, seq_len=16, strict=False
