@@ -76,8 +76,8 @@ def plan_correction(
     """Measure E[y_float − y_quantised] per output channel of every op, in graph order, each with
     the ones before it corrected.
 
-    A mean over n values is itself off by √(variance / n), so a channel gets the part
-    1 − variance / (n · mean²) of it, and nothing where that is negative.
+    A mean over n values is itself off by √(variance / (n − 1)), so a channel gets the part
+    1 − variance / ((n − 1) · mean²) of it, and nothing where that is negative, or n is one.
 
     Args:
         reference: the float graph.
@@ -136,7 +136,9 @@ def shrunk(mean: Array, square: Array, count: int) -> Array:
         square: the mean of their squares.
         count: how many values there were.
     """
-    noise = np.maximum(square - np.square(mean), 0.0) / count
+    if count < 2:
+        return np.zeros_like(mean)
+    noise = np.maximum(square - np.square(mean), 0.0) / (count - 1)
     share = 1.0 - noise / np.maximum(np.square(mean), np.finfo(np.float64).tiny)
     result: Array = mean * np.maximum(share, 0.0)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,15 +20,11 @@ def draw_again(folder: Path) -> Path:
 
     Raises:
         ModelError: no artifact, or one that is damaged.
+        OutputError: the page cannot be written.
     """
     record = read_record(folder)
     path = folder / PAGE
-    partial = folder / f".{PAGE}"
-    try:
-        partial.write_text(page(*_read(folder)), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    _write_whole(path, page(*_read(folder)))
     record["sha256"][PAGE] = sha256(path)
     write_record(folder, record)
     return path
@@ -41,7 +38,8 @@ def draw_to(output: Path, folders: Sequence[Path]) -> list[str]:
 
     Raises:
         ModelError: no artifact, or one that is damaged.
-        OutputError: `output` is no HTML file, or lies in an artifact, whose files are recorded.
+        OutputError: `output` is no HTML file, or lies in an artifact, whose files are recorded, or
+            cannot be written.
         ConfigError: more artifacts than there are colours.
     """
     if output.suffix.lower() not in (".html", ".htm"):
@@ -61,8 +59,25 @@ def draw_to(output: Path, folders: Sequence[Path]) -> list[str]:
         if len({*names}) < len(names):
             names = [str(folder) for folder in folders]
         text = comparison([(n, report) for n, (report, _) in zip(names, kept, strict=True)])
-    output.write_text(text, encoding="utf-8")
+    _write_whole(output, text)
     return incomparable([report for report, _ in kept])
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write `path` whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _read(folder: Path) -> tuple[Report, Ranges]:

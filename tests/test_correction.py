@@ -103,7 +103,12 @@ def test_a_mean_is_shrunk_by_its_own_uncertainty(values: list[float], times: int
         assert (part * mean >= 0).all()
         assert (np.abs(part) <= np.abs(mean)).all()
     assert (np.abs(few) <= np.abs(many)).all()
-    assert shrunk(mean, np.square(mean), 1) == pytest.approx(mean)
+    assert shrunk(mean, np.square(mean), 2) == pytest.approx(mean)
+
+
+def test_one_value_tells_nothing_of_a_mean() -> None:
+    mean = np.array([3.0])
+    assert shrunk(mean, np.square(mean), 1) == 0.0
 
 
 @pytest.mark.parametrize("corrected", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def test_a_page_elsewhere(run_cli: RunCli, compiled_tiny: qcompile.Artifact) -> 
     outcome = run_cli("report", compiled_tiny.path, "-o", "page.html")
     assert (outcome.status, outcome.stdout) == (0, "page.html\n")
     assert Path("page.html").read_bytes() == (compiled_tiny.path / PAGE).read_bytes()
+
+
+def test_a_full_disk_leaves_nothing(
+    run_cli: RunCli, compiled_tiny: qcompile.Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qcompile.redrawing.os.replace", full)
+    outcome = run_cli("report", compiled_tiny.path, "-o", "page.html")
+    assert outcome.status == 1
+    assert "page.html cannot be written: No space left on device" in outcome.stderr
+    assert list(Path().glob("*.html")) == [] == list(Path().glob(".*.html"))
 
 
 def test_no_page_is_put_into_an_artifact(

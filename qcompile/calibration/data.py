@@ -113,12 +113,17 @@ def assemble(
     got = count(calibration)
     if len(samples) == 1:
         notes.append(
-            f"{origin}: there is a single sample, so accuracy is measured on what calibrated"
+            f"{origin}: there is a single sample (repeats count once), so accuracy is measured on "
+            "what calibrated"
         )
     if got < config.samples:
         notes.append(
             f"{origin}: {got} samples calibrate, fewer than the {config.samples} asked for"
         )
+    notes += [
+        f"{origin}: {name} is {value:g} everywhere, which tells no range of it"
+        for name, value in _constant(calibration)
+    ]
     if not estimated and len(samples) > 1 and config.objective != "scheme":
         notes.append(f"{origin}: too few samples to estimate damage on others than calibrate")
     return CalibrationData(
@@ -129,6 +134,15 @@ def assemble(
         samples=got,
         estimated=batches(estimated or calibration),
     )
+
+
+def _constant(samples: Sequence[Sample]) -> Iterator[tuple[str, float]]:
+    """Inputs of floats that are one number in all of the data, and that number."""
+    for name, array in samples[0].feed.items():
+        if array.dtype.kind == "f" and array.size:
+            value = array.flat[0]
+            if all(bool((sample.feed[name] == value).all()) for sample in samples):
+                yield name, float(value)
 
 
 def check_calibration_path(path: Path) -> None:

@@ -165,7 +165,8 @@ def test_repeated_documents_count_once() -> None:
     data = load(["w0 w1"] * 9)
     assert data.samples == 1
     assert data.warnings[1:] == (
-        "the texts given: there is a single sample, so accuracy is measured on what calibrated",
+        "the texts given: there is a single sample (repeats count once), so accuracy is measured "
+        "on what calibrated",
         "the texts given: 1 samples calibrate, fewer than the 4 asked for",
     )
 

@@ -115,3 +115,13 @@ def test_an_array_that_is_none(tmp_path: Path) -> None:
     np.save(path, np.zeros((2, 3)))
     assert "has shape [2, 3]" in refusal(path)
     assert "holds one array, and the graph takes" in refusal(path, language_model())
+
+
+def test_an_input_that_never_changes_is_told(tmp_path: Path) -> None:
+    told = "pixel_values is 0.5 everywhere, which tells no range of it"
+    images = np.full((8, 3, 2, 2), 0.5, np.float32)
+    np.save(tmp_path / "same.npy", images)
+    images[::2] *= np.arange(1, 5, dtype=np.float32)[:, None, None, None]
+    np.save(tmp_path / "other.npy", images)
+    assert any(told in warning for warning in load(tmp_path / "same.npy").warnings)
+    assert not any("everywhere" in warning for warning in load(tmp_path / "other.npy").warnings)
