@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qcompile.batch_norm import unfolded
 from qcompile.cache import fed
 from qcompile.calibration.data import CalibrationData
 from qcompile.correction import CorrectionPlan
@@ -50,7 +51,7 @@ def make_edge_report(
     `ops` are those with a weight, as for other targets; `units` are all.
     """
     weights = {c.node: c for c in plan.constants if c.role == "weight"}
-    warnings = list(data.warnings)
+    warnings = [*data.warnings, *(unfolded(model.ir.graph) if scheme.quantizes else ())]
     if target.caveat is not None:
         warnings.append(target.caveat)
     return Report(
