@@ -161,7 +161,10 @@ def test_random_convolutions_keep_their_logits(tmp_path: Path, make: Callable[[]
     plain, corrected = (made.report for made in compiled(make(), tmp_path))
     assert corrected.accuracy["sqnr_db"] > 20
     assert corrected.accuracy["sqnr_db"] > plain.accuracy["sqnr_db"]
-    assert all(unit.codes for unit in corrected.units if unit.op in ("Conv", "Gemm", "Add"))
+    assert all(unit.codes for unit in corrected.units if unit.op in ("Conv", "Gemm"))
+    floats = [unit for unit in corrected.units if unit.op == "Add" and not unit.codes]
+    # A ResNet's last, which only its mean over the image follows.
+    assert len(floats) <= 1 and all("no product reads" in unit.reason for unit in floats)
     assert any(unit.corrected for unit in corrected.units)
 
 
