@@ -51,6 +51,8 @@ def test_the_graph_is_what_the_profile_allows(name: str, tmp_path: Path) -> None
             assert readers <= profile.per_channel
     quantized = {unit.op for unit in artifact.report.units if unit.codes is not None}
     assert quantized and quantized <= profile.quantizes | profile.weight_only
+    precisions = {op.precision for op in artifact.report.ops}
+    assert precisions == ({"int8"} if profile.activations else {"weight8"})
     assert artifact.report.accuracy["sqnr_db"] > 20.0
     check_artifact(tmp_path / "out")
 
