@@ -145,7 +145,8 @@ def axis_of(operand: Operand) -> int | None:
         case "Gemm":
             return 0 if node.attributes.get_int("transB", 0) else 1
         case "MatMul":
-            return rank - 1 if rank >= 2 else None
+            # Kernels refuse zero points per column of stacked weights.
+            return 1 if rank == 2 else None
     return None
 
 

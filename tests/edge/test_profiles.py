@@ -207,6 +207,24 @@ def test_an_older_opset_is_for_onnx_edge(tmp_path: Path) -> None:
         qcompile.compile(source, output=tmp_path / "out", config=CompileConfig(opset=17))
 
 
+def test_stacked_weights_have_one_scale(tmp_path: Path) -> None:
+    """ONNX Runtime's kernel takes no zero points per column of them, and fails as it runs."""
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[2,4,8] x, float[2,8,6] w, float[6,5] v) => (float[2,4,5] y) {
+      t = MatMul (x, w)
+      y = MatMul (t, v)
+    }"""
+    model = from_text(text, **weights(w=(2, 8, 6), v=(6, 5)))
+    rng = np.random.default_rng(3)
+    feeds = [{"x": rng.standard_normal((2, 4, 8)).astype(np.float32)} for _ in range(24)]
+    report = qcompile.compile(
+        saved(model, tmp_path / "stacked.onnx"), target="onnx-edge", calibration=feeds,
+        config=CompileConfig(samples=16), output=tmp_path / "out",
+    ).report  # fmt: skip
+    products = [unit.weights for unit in report.units if unit.op == "MatMul"]
+    assert products == ["int8, 1 scales", "int8, 5 scales"]
+
+
 def test_an_unfolded_norm_is_said_and_outputs_may_be_truth_values(tmp_path: Path) -> None:
     text = """<ir_version: 10, opset_import: ["" : 23]>
     g (float[N,3,8,8] x, float[3,4,3,3] w, float[4] s, float[4] v, float[4,4,3,3] u, float z)
