@@ -80,6 +80,8 @@ def _dequantize(graph: ir.Graph, node: ir.Node, operand: ConstantQuant) -> bool:
     if source is None or source.name != operand.value:
         return False
     name = f"{operand.node}.{operand.value}"
+    if any(v is not None and v.name == f"{name}/dequantized" for v in node.inputs):
+        name = f"{name}.{operand.index}"  # Concat may read one constant twice
     dtype = DTYPES[operand.code]
     parameters = [
         constant(graph, f"{name}.{operand.code}", operand.codes.astype(dtype)),

@@ -27,7 +27,8 @@ class ToOpset(ir.passes.InPlacePass):
     4. ``Shape`` of some axes -> ``Slice(Shape)`` (before 15)
     5. ``Reshape`` with `allowzero` -> without (before 14)
     6. ``BitwiseAnd``, ``Or`` and ``Not`` of bools -> ``And``, ``Or``, ``Not`` (before 18)
-    7. attributes that the opset does not know, where they say what it does anyway -> left out
+    7. ``GridSample`` by its modes' older names (before 20)
+    8. attributes that the opset does not know, where they say what it does anyway -> left out
 
     Args:
         opset: 13 to 23.
@@ -74,10 +75,10 @@ def _fit(node: ir.Node, before: int, opset: int) -> None:
     try:
         new = defs.get_schema(node.op_type, opset, "")
     except defs.SchemaError:
+        new = None
+    if new is None or new.deprecated:  # of a deprecated one the meaning changed
         first = defs.get_schema(node.op_type, before, "").since_version
-        raise ModelError(
-            f"opset {opset} has no {where}", hint=f"--opset {first} or later"
-        ) from None
+        raise ModelError(f"opset {opset} has no {where}", hint=f"--opset {first} or later")
     old = defs.get_schema(node.op_type, before, "")
     for name in [name for name in node.attributes if name not in new.attributes]:
         default = old.attributes[name].default_value if name in old.attributes else None
@@ -108,13 +109,16 @@ def _plain(value: Any) -> Any:
 
 def _axes_to_attribute(graph: ir.Graph, node: ir.Node) -> None:
     axes = node.inputs[1] if len(node.inputs) > 1 else None
+    noop = node.attributes.get_int("noop_with_empty_axes", 0)
     if axes is None:
-        if node.attributes.get_int("noop_with_empty_axes", 0):
+        if noop:
             raise ModelError(f"{module_path(node)}: a reduction of no axis is not lowered")
         return
     array = array_of(axes)
     if array is None:
         raise ModelError(f"{module_path(node)}: the axes of a reduction are computed")
+    if noop and not array.size:
+        raise ModelError(f"{module_path(node)}: a reduction of no axis is not lowered")
     node.attributes["axes"] = ir.AttrInt64s("axes", [int(i) for i in np.ravel(array)])
     node.attributes.pop("noop_with_empty_axes", None)
     node.resize_inputs(1)
@@ -173,12 +177,19 @@ def _logical(graph: ir.Graph, node: ir.Node) -> None:
         node.op_type = node.op_type.removeprefix("Bitwise")
 
 
+def _older_mode(graph: ir.Graph, node: ir.Node) -> None:
+    mode = node.attributes.get_string("mode", "linear")
+    older = {"linear": "bilinear", "cubic": "bicubic"}.get(mode or "linear", mode)
+    node.attributes["mode"] = ir.AttrString("mode", older or "bilinear")
+
+
 _REDUCTIONS: Final = (
     *("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"),
     *("ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"),
 )
 _Rule = Callable[[ir.Graph, ir.Node], None]
 _RULES: Final[tuple[tuple[int, tuple[str, ...], _Rule], ...]] = (
+    (20, ("GridSample",), _older_mode),
     (18, _REDUCTIONS, _axes_to_attribute),
     (18, ("Split",), _equal_split),
     (18, ("Pad",), _whole_pad),

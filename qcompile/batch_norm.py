@@ -26,7 +26,7 @@ def batch_norm_obstacle(node: ir.Node) -> str | None:
         if x.shape is not None and len(x.shape) == 2:
             return None
         return "its channels are not the last axis of the Linear before it"
-    return f"{producer.op_type} is before it, which has no weight to fold it into"
+    return f"{producer.op_type} is before it, which is no Conv and no Linear"
 
 
 def unfolded(graph: ir.Graph) -> list[str]:

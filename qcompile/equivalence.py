@@ -36,7 +36,9 @@ def float_problems(traced: Path, rewritten: Path, feed: Batch) -> list[str]:
             keep = _real(inputs, reference)
             wanted, got = reference[keep], actual[name][keep]
             largest = float(np.abs(wanted).max(initial=0.0))
-            difference = float(np.abs(wanted - got).max(initial=0.0))
+            # Outputs may be truth values, or numbers without a sign.
+            off = np.subtract(wanted, got, dtype=np.float64)
+            difference = float(np.abs(off).max(initial=0.0))
             if not difference <= TOLERANCE * max(largest, 1e-6):
                 problems.append(
                     f"rewriting changed the float model{label}: {name} differs by {difference:.3g} "

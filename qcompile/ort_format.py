@@ -100,7 +100,8 @@ def _compare(written: ort.InferenceSession, again: ort.InferenceSession, feed: B
     wanted = run_outputs(written, sample)
     found = run_outputs(again, sample)
     for name, expected in wanted.items():
-        difference = float(np.abs(expected - found[name]).max(initial=0.0))
+        off = np.subtract(expected, found[name], dtype=np.float64)
+        difference = float(np.abs(off).max(initial=0.0))
         largest = float(np.abs(expected).max(initial=0.0))
         if not difference <= TOLERANCE * max(largest, 1e-6):
             raise VerificationError(

@@ -18,6 +18,8 @@ from qcompile.names import module_path
 from qcompile.weighted import Weighted
 
 _ELEMENTWISE: Final = frozenset({"Relu", "LeakyRelu", "Identity", "Dropout", "Neg", "Abs"})
+_FOLDING: Final = frozenset({"Abs", "Neg", "PRelu"})
+"""May make large what is below zero, which a limit behind them is not asked about."""
 _SPATIAL: Final = frozenset({"MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"})
 
 
@@ -76,6 +78,8 @@ def _pair(second: Weighted, by_output: dict[ir.Value, Weighted]) -> Pair:
         source = node.inputs[0] if node.inputs else None
         if source is None:
             raise _Blocked(_stops(node))
+        if limit is not None and node.op_type in _FOLDING:
+            raise _Blocked(f"{_stops(node)} before a Clip")
         if node.op_type == "Clip":
             limit = _upper(node) if limit is None else min(limit, _upper(node))
         elif node.op_type in ("Reshape", "Flatten", "Squeeze"):

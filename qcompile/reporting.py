@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from qcompile.batch_norm import unfolded
 from qcompile.calibration.data import CalibrationData
 from qcompile.calibration.stats import Stats, Summary
 from qcompile.choosing import Decision, kept_bytes, weight_bytes
@@ -50,7 +51,7 @@ def make_report(
     cache: Cache | None = None,
 ) -> Report:
     """The report of one compilation; sizes are filled in when the artifact is complete."""
-    warnings = list(data.warnings)
+    warnings = [*data.warnings, *(unfolded(model.ir.graph) if scheme.quantizes else ())]
     if target.caveat:
         warnings.append(target.caveat)
     nothing = incomparable(target, scheme, config)

@@ -128,6 +128,16 @@ def test_what_is_not_homogeneous_stops_the_walk(between: str, reason: str) -> No
     assert reason in list(refused.values())[1]
 
 
+@pytest.mark.parametrize("folding", ["Neg (t)", "Abs (t)", "PRelu (t, slope)"])
+def test_what_turns_low_values_into_high_ones_before_a_limit_stops_it(folding: str) -> None:
+    """The largest value of t says nothing about what reaches the limit then."""
+    zero, six = np.array(0.0, np.float32), np.array(6.0, np.float32)
+    slope = {"slope": np.full((8, 1, 1), -2.0, np.float32)} if "slope" in folding else {}
+    model = two_convs(f"n = {folding} r = Clip (n, zero, six)", zero=zero, six=six, **slope)
+    pairs, refused = find_pairs(find_weighted(model.graph))
+    assert not pairs and "before a Clip" in list(refused.values())[1]
+
+
 @pytest.mark.parametrize(
     "between",
     [

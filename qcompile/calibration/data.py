@@ -161,6 +161,11 @@ def _from_path(path: Path, model: TracedModel, config: CompileConfig) -> Calibra
     suffix = path.suffix.lower()
     images = image_files(path) if path.is_dir() else []
     if images:
+        if any(path.glob("*.npz")):
+            raise CalibrationError(
+                f"calibration folder {path} holds images and .npz files",
+                hint="give a folder of one kind",
+            )
         return _from_feeds(image_feeds(images, path, model), str(path), model, config)
     if suffix == ".npy" and path.is_file():
         feed = (f"calibration file {path}", read_npy(path, model))

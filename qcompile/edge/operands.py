@@ -71,11 +71,23 @@ def _least_error(
 
 
 def quantize_bias(
-    operand: Operand, bias: Array, weight: ConstantQuant, input_scale: float
+    operand: Operand,
+    bias: Array,
+    weight: ConstantQuant,
+    input_scale: float,
+    *,
+    power_of_two: bool = False,
 ) -> tuple[ConstantQuant, ConstantQuant]:
     """A bias in int32, its scale the product of the input's and the weight's.
 
     Where that is too fine for the bias, the weight's scale is enlarged and its codes with it.
+
+    Args:
+        operand: where it is read.
+        bias: float32, its last axis the channels.
+        weight: of the same op.
+        input_scale: of its activation.
+        power_of_two: whether scales must be powers of two.
 
     Returns:
         The weight, and the bias.
@@ -85,7 +97,10 @@ def quantize_bias(
         largest = largest.max(initial=0.0)
     wanted = largest / _BIAS_ROOM / input_scale
     if (wanted > weight.scale).any():
-        weight = _rescaled(weight, np.maximum(weight.scale, wanted).astype(np.float32))
+        enlarged = np.maximum(weight.scale, wanted)
+        if power_of_two:
+            enlarged = 2.0 ** np.ceil(np.log2(enlarged))
+        weight = _rescaled(weight, enlarged.astype(np.float32))
     scale = (np.float64(input_scale) * weight.scale.astype(np.float64)).astype(np.float32)
     scale = np.maximum(scale, np.finfo(np.float32).tiny)
     codes = np.rint(bias / scale.astype(np.float64))

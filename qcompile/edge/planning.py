@@ -28,6 +28,9 @@ LEAST_DB: Final = 20.0
 """A tensor that its codes would blur beyond this predicted SQNR stays in float, and what computes
 or reads it with it; of a Gaussian, eight bits keep some 40 dB."""
 
+LEAST_STORED_DB: Final = 25.0
+"""The same for a table that has codes for its size alone: they gain nothing else."""
+
 _HIDDEN: Final = -LARGEST / 2
 """Scores below are those of a mask."""
 
@@ -182,8 +185,13 @@ def _drop_unread(chosen: Sequence[Unit], refused: dict[ir.Node, str]) -> None:
     """Codes that no product reads would only round."""
     wanted = _read_as_codes(chosen)
     for unit in chosen:
-        if unit.op not in WEIGHTED and not wanted.intersection(unit.outputs):
+        if unit.op not in WEIGHTED and not (wanted.intersection(unit.outputs) or _stored(unit)):
             refused[unit.first] = "no product reads its codes"
+
+
+def _stored(unit: Unit) -> bool:
+    """Whether it looks a constant up: with codes that is a quarter as large, whatever reads it."""
+    return unit.moves and bool(unit.operands) and not unit.inputs
 
 
 def _read_as_codes(chosen: Sequence[Unit]) -> set[ir.Value]:
@@ -206,7 +214,7 @@ def _drop_idle_movers(chosen: Sequence[Unit], refused: dict[ir.Node, str]) -> No
     """Movers pass codes on; between floats they would only round."""
     coded = {v for unit in chosen if not unit.moves for v in unit.tensors}
     movers = [unit for unit in chosen if unit.moves]
-    active: set[ir.Node] = set()
+    active = {unit.first for unit in movers if _stored(unit)}
     while True:
         found = [u for u in movers if u.first not in active and coded.intersection(u.tensors)]
         if not found:
@@ -285,7 +293,8 @@ def _blurred(
         free = profile.float_outputs and unit.op in WEIGHTED
         values = unit.inputs if free else unit.tensors
         worst = min((tensors[v] for v in values), key=lambda t: t.sqnr_db, default=None)
-        if worst is not None and worst.sqnr_db < LEAST_DB:
+        least = LEAST_STORED_DB if _stored(unit) else LEAST_DB
+        if worst is not None and worst.sqnr_db < least:
             found[unit.first] = (
                 f"{worst.code} codes of {worst.value} would keep {worst.sqnr_db:.0f} dB of it "
                 f"(range {worst.low:.3g} to {worst.high:.3g})"
@@ -329,7 +338,9 @@ def _plan_operands(
             planned.append(weight)
         elif operand.role == "bias" and weight is not None:
             scale = tensors[unit.inputs[0]].scale
-            weight, bias = quantize_bias(operand, array, weight, scale)
+            weight, bias = quantize_bias(
+                operand, array, weight, scale, power_of_two=profile.power_of_two
+            )
             planned = [weight, bias]
         elif unit.moves:
             planned.append(quantize_operand(operand, array, tensors[unit.outputs[0]]))

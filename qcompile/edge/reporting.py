@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qcompile.batch_norm import unfolded
 from qcompile.cache import fed
 from qcompile.calibration.data import CalibrationData
 from qcompile.correction import CorrectionPlan
@@ -50,7 +51,7 @@ def make_edge_report(
     `ops` are those with a weight, as for other targets; `units` are all.
     """
     weights = {c.node: c for c in plan.constants if c.role == "weight"}
-    warnings = list(data.warnings)
+    warnings = [*data.warnings, *(unfolded(model.ir.graph) if scheme.quantizes else ())]
     if target.caveat is not None:
         warnings.append(target.caveat)
     return Report(
@@ -71,7 +72,7 @@ def make_edge_report(
         kernels=findings.kernels.counts,
         sites=sites,
         ops=[
-            _op_row(unit, weights[unit.name], sqnr)
+            _op_row(unit, weights[unit.name], sqnr, alone=not plan.tensors)
             for unit in plan.quantized
             if unit.name in weights and unit.op in WEIGHTED
         ],
@@ -133,15 +134,18 @@ def _exposed(
     return results
 
 
-def _op_row(unit: UnitPlan, weight: ConstantQuant, sqnr: Mapping[str, float]) -> OpRow:
+def _op_row(
+    unit: UnitPlan, weight: ConstantQuant, sqnr: Mapping[str, float], *, alone: bool
+) -> OpRow:
+    """`alone`: activations stay in float."""
     scales = weight.scale.size if weight.axis is not None else 1
     width = weight.codes.shape[weight.axis] if weight.axis is not None else weight.codes.shape[-1]
     return OpRow(
         name=unit.name,
-        precision="int8",
+        precision="weight8" if alone else "int8",
         reason=f"{unit.reason}; {weight.code}, {scales} {'scales' if scales > 1 else 'scale'}",
         shape=(weight.codes.size // max(width, 1), width),
-        label="static",
+        label="weight8" if alone else "static",
         bytes=weight.nbytes,
         kernel=unit.op,
         sqnr_db=sqnr.get(unit.name),

@@ -55,7 +55,7 @@ class Unit:
         nodes: in order; the first gives the unit its name and type.
         inputs: the activations that it reads.
         operands: the constants.
-        output: what it computes.
+        outputs: what it computes.
         moves: whether in and out share a scale.
         refusal: why it has to stay in float, or None.
     """
@@ -145,7 +145,8 @@ def axis_of(operand: Operand) -> int | None:
         case "Gemm":
             return 0 if node.attributes.get_int("transB", 0) else 1
         case "MatMul":
-            return rank - 1 if rank >= 2 else None
+            # Kernels refuse zero points per column of stacked weights.
+            return 1 if rank == 2 else None
     return None
 
 
@@ -177,6 +178,11 @@ def _unit(node: ir.Node, profile: Profile) -> Unit:
         following = _only_consumer(nodes[-1].outputs[0])
         if following is not None and following.op_type in _ACTIVATIONS:
             nodes.append(following)
+    # Optional outputs that nothing reads are none.
+    outputs = (
+        nodes[-1].outputs[0],
+        *(v for v in nodes[-1].outputs[1:] if v.uses() or v.is_graph_output()),
+    )
     refusal = None
     if PART_OF_KEY in node.metadata_props:
         refusal = f"part of a {node.metadata_props[PART_OF_KEY]}, whose sums want floats"
@@ -186,9 +192,9 @@ def _unit(node: ir.Node, profile: Profile) -> Unit:
         refusal = f"profile {profile.name} has no quantised {node.op_type}"
     elif node.op_type in WEIGHTED - {"MatMul"} and not weighted:
         refusal = "its weight is computed, not a constant"
-    return Unit(
-        tuple(nodes), tuple(inputs), tuple(operands), tuple(nodes[-1].outputs), moves, refusal
-    )
+    elif any(v.dtype != ir.DataType.FLOAT for v in outputs):
+        refusal = "it also gives indices, which have no codes"
+    return Unit(tuple(nodes), tuple(inputs), tuple(operands), outputs, moves, refusal)
 
 
 def _read(node: ir.Node, moves: bool) -> Iterator[tuple[int, ir.Value]]:

@@ -14,6 +14,7 @@ from qcompile.edge.plan import DTYPES
 from qcompile.edge.profiles import Profile
 from qcompile.edge.settings import Settings
 from qcompile.equivalence import float_problems
+from qcompile.errors import VerificationError
 from qcompile.kernels import read_back
 from qcompile.metrics import Accuracy
 from qcompile.session import Runtime, first_sample, open_session
@@ -55,6 +56,9 @@ def verify_edge(
 
     Returns:
         The findings; `problems` lists, in full sentences, what does not hold.
+
+    Raises:
+        VerificationError: ONNX Runtime cannot run the graph at all.
     """
     problems = graph_problems(path, profile, settings, opset)
     problems += float_problems(traced_path, float_path, held_back[0])
@@ -164,4 +168,8 @@ def _run(
     names = [output.name for output in session.get_outputs()]
     wanted = {each.name for each in session.get_inputs()}
     inputs = {name: value for name, value in feed.items() if name in wanted}
-    return dict(zip(names, session.run(names, inputs), strict=True))
+    try:
+        return dict(zip(names, session.run(names, inputs), strict=True))
+    except Exception as error:  # onnxruntime raises its own, unexported types
+        detail = " ".join(str(error).split())
+        raise VerificationError(f"ONNX Runtime fails on the compiled graph: {detail}") from error

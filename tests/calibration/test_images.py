@@ -92,6 +92,11 @@ def test_a_model_without_a_processor_takes_no_images(folder: Path) -> None:
     assert "holds images, and the model has no image processor" in message
 
 
+def test_a_folder_is_of_one_kind(folder: Path) -> None:
+    np.savez(folder / "more.npz", pixel_values=np.zeros((1, 3, 2, 2), np.float32))
+    assert "holds images and .npz files" in refusal(folder)
+
+
 def test_a_damaged_image_is_named(folder: Path) -> None:
     for file in sorted(folder.rglob("*.png")):
         file.write_bytes(file.read_bytes()[:30])

@@ -193,6 +193,24 @@ def test_a_bias_too_large_for_its_scale_enlarges_the_weight_s() -> None:
     assert enlarged.scale[0] > weight.scale[0] and enlarged.scale[1] == weight.scale[1]
     np.testing.assert_allclose(found.dequantized(), bias, rtol=1e-6)
     assert np.abs(found.codes.astype(np.int64)).max() <= 2**30 + 1
+    enlarged, found = quantize_bias(_operand(2), bias, weight, 2.0**-10, power_of_two=True)
+    assert enlarged.scale[0] > weight.scale[0]
+    assert (np.log2(enlarged.scale) % 1 == 0).all() and (np.log2(found.scale) % 1 == 0).all()
+    assert np.abs(found.codes.astype(np.int64)).max() <= 2**30 + 1
+
+
+def test_indices_have_no_codes(tmp_path: Path) -> None:
+    text = """
+      g (float[1,2,6,6] x, float[3,2,3,3] w) => (float[1,3,2,2] y, int64[1,3,2,2] i) {
+        c = Conv (x, w)
+        y, i = MaxPool <kernel_shape=[2,2], strides=[2,2]> (c)
+      }"""
+    w = RNG.standard_normal((3, 2, 3, 3)).astype(np.float32)
+    feeds: list[Feed] = [{"x": RNG.standard_normal((1, 2, 6, 6)).astype(np.float32)}]
+    _, plan = plan_of(from_text(HEADER + text, w=w), feeds, tmp_path, "qnn")
+    pool = next(unit for unit in plan.units if unit.op == "MaxPool")
+    assert pool.code is None and "indices" in pool.reason
+    assert next(unit for unit in plan.units if unit.op == "Conv").code == "uint8"
 
 
 def _operand(index: int = 1) -> Operand:
@@ -228,6 +246,26 @@ def test_an_embedding_is_looked_up_in_codes(tmp_path: Path) -> None:
     model.graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     found = next(iter(run_model(model, unread, optimise=False).values()))
     assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
+
+
+def test_a_table_has_codes_for_its_size_alone(tmp_path: Path) -> None:
+    """Where no product reads them, too, unless they would blur it."""
+    text = """
+      g (int64[1,4] ids, float[8,64] t, float[64,4] w) => (float[1,4,4] y) {
+        e = Gather (t, ids)
+        f = Erf (e)
+        y = MatMul (f, w)
+      }"""
+    table = RNG.uniform(-1.0, 1.0, (8, 64)).astype(np.float32)
+    w = RNG.standard_normal((64, 4)).astype(np.float32)
+    feeds: list[Feed] = [{"ids": np.array([[0, 1, 2, 3]])}]
+    _, plan = plan_of(from_text(HEADER + text, t=table, w=w), feeds, tmp_path)
+    assert {tensor.value for tensor in plan.tensors} == {"e", "f"}
+    table[7, 3] = 35.0  # for the rows that are read, 23 dB
+    _, plan = plan_of(from_text(HEADER + text, t=table, w=w), feeds, tmp_path)
+    lookup = next(unit for unit in plan.units if unit.op == "Gather")
+    assert lookup.code is None and "would keep 2" in lookup.reason
+    assert {tensor.value for tensor in plan.tensors} == {"f"}
 
 
 def test_every_profile_says_where_it_is_documented() -> None:

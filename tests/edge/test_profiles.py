@@ -19,7 +19,8 @@ from qcompile.edge.profiles import PROFILES, get_profile
 from qcompile.errors import ConfigError
 from qcompile.report import Report
 from qcompile.session import run_outputs
-from tests.edge.models import convolutional, images, saved, sentences, transformer
+from tests.edge.models import convolutional, images, saved, sentences, transformer, weights
+from tests.support import from_text
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -50,6 +51,8 @@ def test_the_graph_is_what_the_profile_allows(name: str, tmp_path: Path) -> None
             assert readers <= profile.per_channel
     quantized = {unit.op for unit in artifact.report.units if unit.codes is not None}
     assert quantized and quantized <= profile.quantizes | profile.weight_only
+    precisions = {op.precision for op in artifact.report.ops}
+    assert precisions == ({"int8"} if profile.activations else {"weight8"})
     assert artifact.report.accuracy["sqnr_db"] > 20.0
     check_artifact(tmp_path / "out")
 
@@ -76,13 +79,13 @@ def test_a_transformer_in_every_opset(opset: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["convolutional", "transformer"])
 def test_the_reference_evaluator_agrees(kind: str, tmp_path: Path) -> None:
     """ONNX's own implementation of the standard gives what ONNX Runtime gives."""
-    model, feeds = (
-        (convolutional(), images()) if kind == "convolutional" else (transformer(), sentences())
-    )
+    model, feeds, shapes = transformer(), sentences(), dict[str, Dims](ids=(1, 8))
+    if kind == "convolutional":
+        model, feeds, shapes = convolutional(), images(), {"x": (1, 3, 8, 8)}
     source = saved(model, tmp_path / "model.onnx")
     artifact = qcompile.compile(
         source, target="onnx-edge:qnn", calibration=feeds, output=tmp_path / "out",
-        config=CompileConfig(samples=16, opset=21, edge=EdgeOptions(shapes={"x": (1, 3, 8, 8)})),
+        config=CompileConfig(samples=16, opset=21, edge=EdgeOptions(shapes=shapes)),
     )  # fmt: skip
     evaluator = ReferenceEvaluator(onnx.load(tmp_path / "out" / "model.onnx"))
     expected = np.asarray(next(iter(evaluator.run(None, feeds[0]))))
@@ -202,3 +205,41 @@ def test_an_older_opset_is_for_onnx_edge(tmp_path: Path) -> None:
     source = saved(convolutional(), tmp_path / "cnn.onnx")
     with pytest.raises(ConfigError, match="opset 17 is for target onnx-edge"):
         qcompile.compile(source, output=tmp_path / "out", config=CompileConfig(opset=17))
+
+
+def test_stacked_weights_have_one_scale(tmp_path: Path) -> None:
+    """ONNX Runtime's kernel takes no zero points per column of them, and fails as it runs."""
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[2,4,8] x, float[2,8,6] w, float[6,5] v) => (float[2,4,5] y) {
+      t = MatMul (x, w)
+      y = MatMul (t, v)
+    }"""
+    model = from_text(text, **weights(w=(2, 8, 6), v=(6, 5)))
+    rng = np.random.default_rng(3)
+    feeds = [{"x": rng.standard_normal((2, 4, 8)).astype(np.float32)} for _ in range(24)]
+    report = qcompile.compile(
+        saved(model, tmp_path / "stacked.onnx"), target="onnx-edge", calibration=feeds,
+        config=CompileConfig(samples=16), output=tmp_path / "out",
+    ).report  # fmt: skip
+    products = [unit.weights for unit in report.units if unit.op == "MatMul"]
+    assert products == ["int8, 1 scales", "int8, 5 scales"]
+
+
+def test_an_unfolded_norm_is_said_and_outputs_may_be_truth_values(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    g (float[N,3,8,8] x, float[3,4,3,3] w, float[4] s, float[4] v, float[4,4,3,3] u, float z)
+      => (bool[N,4,8,8] y, float[N,4,8,8] c) {
+      t = ConvTranspose (x, w)
+      n = BatchNormalization (t, s, s, s, v)
+      c = Conv (n, u)
+      y = Greater (c, z)
+    }"""
+    constants = weights(w=(3, 4, 3, 3), s=(4,), u=(4, 4, 3, 3))
+    zero, ones = np.array(0.0, np.float32), np.ones(4, np.float32)
+    model = saved(from_text(text, **constants, v=ones, z=zero), tmp_path / "norm.onnx")
+    config = CompileConfig(samples=16, opset=17, format="ort")
+    artifact = qcompile.compile(
+        model, target="onnx-edge", calibration=images(), config=config, output=tmp_path / "out"
+    )
+    (warning,) = [w for w in artifact.report.warnings if "BatchNormalization" in w]
+    assert warning.endswith("ConvTranspose is before it, which is no Conv and no Linear")

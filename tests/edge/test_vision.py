@@ -161,22 +161,20 @@ def test_random_convolutions_keep_their_logits(tmp_path: Path, make: Callable[[]
     plain, corrected = (made.report for made in compiled(make(), tmp_path))
     assert corrected.accuracy["sqnr_db"] > 20
     assert corrected.accuracy["sqnr_db"] > plain.accuracy["sqnr_db"]
-    assert all(unit.codes for unit in corrected.units if unit.op in ("Conv", "Gemm", "Add"))
+    assert all(unit.codes for unit in corrected.units if unit.op in ("Conv", "Gemm"))
+    floats = [unit for unit in corrected.units if unit.op == "Add" and not unit.codes]
+    # A ResNet's last, which only its mean over the image follows.
+    assert len(floats) <= 1 and all("no product reads" in unit.reason for unit in floats)
     assert any(unit.corrected for unit in corrected.units)
 
 
 def test_a_random_vit_keeps_its_logits(tmp_path: Path) -> None:
-    """Norms and GELU leave nothing to equalise; the logits are right on average on new images."""
+    """Norms and GELU leave nothing to equalise, and the residual path stays in float."""
     torch.manual_seed(0)
-    model = vit().eval()
-    plain, corrected = compiled(model, tmp_path)
-    assert corrected.report.accuracy["sqnr_db"] > 20
-    assert not any("predicted error" in (unit.equalized or "") for unit in corrected.report.units)
-    new = images(64, seed=2)
-    with torch.no_grad():
-        wanted = model(pixel_values=torch.from_numpy(new)).logits.numpy()
-    off = [
-        np.linalg.norm((made.session().run(None, {"pixel_values": new})[0] - wanted).mean(0))
-        for made in (plain, corrected)
-    ]
-    assert off[1] < off[0]
+    plain, corrected = (made.report for made in compiled(vit(), tmp_path))
+    for report in (plain, corrected):
+        assert report.accuracy["sqnr_db"] > 25
+        assert all(unit.codes for unit in report.units if unit.op in ("Conv", "MatMul"))
+        assert not any(unit.codes for unit in report.units if unit.op == "Add")
+    assert any(unit.corrected for unit in corrected.units)
+    assert not any("of the predicted error" in (unit.equalized or "") for unit in corrected.units)

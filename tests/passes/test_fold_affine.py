@@ -125,7 +125,7 @@ CONV = "float[N,3,5,5] x, float[4,3,3,3] w"
         ),
         (
             "t = Conv (x, w) r = Relu (t) y = BatchNormalization (r, s, h, m, v)",
-            "Relu is before it, which has no weight to fold it into",
+            "Relu is before it, which is no Conv and no Linear",
         ),
     ],
 )

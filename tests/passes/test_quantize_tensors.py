@@ -106,3 +106,22 @@ def test_an_empty_plan_changes_nothing() -> None:
     model = typed(from_text(HEADER + BEFORE, w=W, b=B))
     assert not QuantizeTensors(EdgePlan())(model).modified
     assert ops(model) == ["Gemm", "Relu", "Sqrt"]
+
+
+def test_a_constant_that_one_node_reads_twice() -> None:
+    text = "g (float[2,4] x, float[2,4] c) => (float[2,12] y) { y = Concat <axis=1> (c, x, c) }"
+    c = np.ones((2, 4), np.float32)
+    model = typed(from_text(HEADER + text, c=c))
+    model.graph[0].name = "join"
+    codes, scale, point = np.full((2, 4), 100), np.array(0.01, np.float32), np.array(0)
+    twice = [
+        ConstantQuant("join", at, "c", "constant", codes, "uint8", scale, point) for at in (0, 2)
+    ]
+    unit = UnitPlan("join", ("join",), "Concat", "uint8", "", ("x",), "y")
+    pass_ = QuantizeTensors(EdgePlan(constants=tuple(twice), units=(unit,)))
+    x = RNG.standard_normal((2, 4)).astype(np.float32)
+    assert pass_(model).modified and not pass_(model).modified
+    names = [node.name for node in model.graph]
+    assert len(set(names)) == len(names) == 3
+    check_model(model)
+    np.testing.assert_allclose(run_model(model, {"x": x})["y"], np.hstack([c, x, c]), atol=1e-6)

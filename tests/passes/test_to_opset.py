@@ -48,6 +48,17 @@ CASES: dict[str, tuple[int, str, dict[str, np.ndarray], list[str]]] = {
         {"s": np.array([-1, 6])},
         ["Reshape"],
     ),
+    "modes by their older names": (
+        17,
+        """g (float[2,4,6] x, float[1,3,3,2] p, int64[4] s) => (float[1,8,3,3] y) {
+             i = Reshape (x, s)
+             y = GridSample <mode="linear"> (i, p) }""",
+        {
+            "p": np.random.default_rng(1).uniform(-1, 1, (1, 3, 3, 2)).astype(np.float32),
+            "s": np.array([1, 8, 2, 3]),
+        },
+        ["Reshape", "GridSample"],
+    ),
     "what says nothing": (
         13,
         "g (float[2,4,6] x) => (float[2,4,6] y) { y = Cast <to=1, saturate=1> (x) }",
@@ -96,6 +107,21 @@ def test_what_the_opset_lacks_is_refused(text: str, message: str) -> None:
     model = from_text(HEADER + text)
     with pytest.raises(ModelError, match=message):
         ToOpset(17)(model)
+
+
+def test_what_meant_something_else_is_refused() -> None:
+    """Before opset 21 GroupNormalization had a scale per group."""
+    text = """g (float[2,4,6] x, float[4] w) => (float[2,4,6] y) {
+      y = GroupNormalization <num_groups=4> (x, w, w) }"""
+    with pytest.raises(ModelError, match="opset 18 has no GroupNormalization"):
+        ToOpset(18)(from_text(HEADER + text))
+
+
+def test_a_reduction_of_an_empty_list_of_axes_is_refused() -> None:
+    text = """g (float[2,4,6] x, int64[0] a) => (float[2,4,6] y) {
+      y = ReduceMean <noop_with_empty_axes=1> (x, a) }"""
+    with pytest.raises(ModelError, match="a reduction of no axis"):
+        ToOpset(17)(from_text(HEADER + text, a=np.zeros(0, np.int64)))
 
 
 def test_other_domains_are_no_standard() -> None:
