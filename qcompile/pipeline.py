@@ -383,7 +383,7 @@ def _apply(
         run(graph, [Untie(name for name, choice in chosen.items() if choice.mode)])
         alphas, kept = (replayed.smoothing, replayed.kept) if replayed is not None else (None, None)
         smoothing = plan_smoothing(
-            find_sites(graph.graph), stats, config, chosen, alphas, importance, kept
+            find_sites(graph.graph), stats, config, chosen, alphas, importance, kept, target.floats
         )
         run(graph, [SmoothQuant(smoothing), PermuteChannels(smoothing)])
         graph = spill(graph, work, stem)
