@@ -20,8 +20,10 @@ _RANGES = ((0, 255), (-128, 127), (0, 127))
 """Of codes that ONNX's exporter writes; the last are activations of ``reduce_range``."""
 
 
-def has_fake_quantise(module: torch.nn.Module) -> bool:
-    """Whether a part of `module` is a FakeQuantize that rounds."""
+def has_fake_quantise(module: object) -> bool:
+    """Whether `module` is a torch module, and a part of it a FakeQuantize that rounds."""
+    if not isinstance(module, torch.nn.Module):
+        return False  # the frontend will say
     return any(_rounds(part) for part in module.modules() if isinstance(part, FakeQuantize))
 
 

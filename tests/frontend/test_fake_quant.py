@@ -133,3 +133,9 @@ def test_a_tied_weight_is_as_it_was() -> None:
     with fixed_scales(module):
         assert not torch.equal(module.fc.weight, trained)
     assert torch.equal(module.fc.weight, trained)
+
+
+@pytest.mark.parametrize("source", [("model", X), (torch.nn.Linear(2, 2),)])
+def test_a_tuple_that_is_no_module_is_refused(source: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has to be"):
+        qcompile.compile(source, output=tmp_path / "out")
