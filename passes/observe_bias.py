@@ -14,8 +14,9 @@ PARTS: Final = ("rows", "mean", "squares")
 _PREFIX: Final = "bias"
 _FLOAT: Final = "float"
 
-Measured: TypeAlias = tuple[str, int, int]
-"""Name of a node, in both graphs; axis of its output's channels, 1 or -1; number of channels."""
+Measured: TypeAlias = tuple[str, str, int, int]
+"""Names of the nodes that compute one output, in the float graph and in the quantised one; axis of
+its channels, 1 or -1; number of channels."""
 
 
 def output_name(at: int, part: str) -> str:
@@ -49,8 +50,8 @@ class ObserveBias(ir.passes.InPlacePass):
         nodes = {str(node.name): node for node in graph}
         expected = _beside(model, self.reference.clone())
         graph.outputs.clear()
-        for at, (name, axis, channels) in enumerate(self.ops):
-            _observe(graph, at, nodes[name], expected[name], axis, channels)
+        for at, (name, quantized, axis, channels) in enumerate(self.ops):
+            _observe(graph, at, nodes[quantized], expected[name], axis, channels)
         RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=True)
 

@@ -60,7 +60,10 @@ def correct_linears(
     ops = [op for op in find_weighted(graph.graph) if op.name in planned]
     quantized = graph.clone()
     Quantize(plan)(quantized)
-    return plan_correction(graph, quantized, ops, batches, work, progress=progress)
+    # Behind the bias, a product of channels that stay in float may have taken the output's name.
+    makers = {str(value.name): str(n.name) for n in quantized.graph for value in n.outputs}
+    lasts = {op.name: makers[str(op.output.name)] for op in ops}
+    return plan_correction(graph, quantized, ops, batches, work, lasts=lasts, progress=progress)
 
 
 def plan_correction(
@@ -71,6 +74,7 @@ def plan_correction(
     work: Path,
     *,
     unbiased: Collection[str] = (),
+    lasts: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CorrectionPlan:
     """Measure E[y_float − y_quantised] per output channel of every op, in graph order, each with
@@ -86,6 +90,8 @@ def plan_correction(
         batches: calibration data.
         work: the folder that holds the graphs' external weights.
         unbiased: names of ops whose bias cannot be had.
+        lasts: name of an op -> name of the node of `quantized` that computes its output; None: of
+            the node that does so in `reference`.
         progress: called with (batches done, batches in all).
 
     Raises:
@@ -98,7 +104,11 @@ def plan_correction(
     if not ops:
         return CorrectionPlan({}, refused)
     both = quantized.clone()
-    ObserveBias(reference, [(_last_node(op), op.axis, op.out_channels) for op in ops])(both)
+    measured = [
+        (_last_node(op), (lasts or {}).get(op.name, _last_node(op)), op.axis, op.out_channels)
+        for op in ops
+    ]
+    ObserveBias(reference, measured)(both)
     path = work / "biases.onnx"
     ir.save(both, path)
     session = open_session(path, _PLAIN, planned=False)

@@ -35,6 +35,8 @@ BELOW: Final = 1 / 16
 """The largest value of an outlier, once divided, is at most this part of the others' root mean
 square: a token whose scale it sets holds next to nothing else."""
 
+LARGEST: Final = float(np.finfo(np.float16).max)
+
 
 def kept_count(channels: int, share: float | None) -> int:
     """How many of `channels` a share of them is: at least one, at most `MOST` of them."""
@@ -79,15 +81,31 @@ def why_these(stats: Stats, found: Array, config: CompileConfig) -> str:
     return f"{len(found)} of {width} channels reach {threshold:g} and stay in float"
 
 
-def scale_away(stats: Stats, outliers: Array, groups: npt.NDArray[np.int64]) -> Array:
-    """s, float64 [channels], that outliers are divided by: powers of two; ones for the others."""
+def scale_away(
+    stats: Stats, outliers: Array, groups: npt.NDArray[np.int64], rows: Array | None = None
+) -> Array:
+    """s, float64 [channels], that outliers are divided by: powers of two; ones for the others.
+
+    Args:
+        stats: of the activation.
+        outliers: from `find_outliers`.
+        groups: as for it.
+        rows: [channels], the largest magnitude in each row of the weights, where s times it has to
+            be a float16; None: it is a float32.
+    """
     others = np.setdiff1d(np.arange(len(groups)), outliers)
     usual = float(np.sqrt(stats.second_moment[others].mean())) if len(others) else 0.0
     top = np.zeros(int(groups.max()) + 1)
     np.maximum.at(top, groups, stats.absmax)
     ratio = top[groups[outliers]] / max(BELOW * usual, 1e-6)
     scale = np.ones(len(groups))
-    scale[outliers] = 2.0 ** np.clip(np.ceil(np.log2(np.maximum(ratio, 1.0))), 0, 24)
+    most = np.full(len(groups), 2.0**24)
+    if rows is not None:
+        largest = np.zeros(int(groups.max()) + 1)
+        np.maximum.at(largest, groups, rows)
+        most = np.minimum(most, LARGEST / np.maximum(largest, 1e-6)[groups])
+    exponent = np.ceil(np.log2(np.maximum(ratio, 1.0)))
+    scale[outliers] = 2.0 ** np.clip(exponent, 0, np.floor(np.log2(most[outliers])))
     return scale
 
 

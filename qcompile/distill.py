@@ -4,7 +4,7 @@ Layer after layer, the weights and scales of a layer's Linears are learned, so t
 rounded weights hands on what the float one does, given what the rounded layers before it make.
 Nothing but one layer is ever differentiated, and its float form is the teacher. Rounding has the
 gradient of the identity (a straight-through estimator). What was learned is taken where it is
-better on batches that it was not learned from.
+better on batches that it was not learned from; where there is one batch, on that one.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _distilled(
 
     before = aside()
     _learn(list(learned.values()), loss, seen)
-    if aside() >= before:
+    if not aside() < before:  # a NaN is no gain either
         return dict(started)
     return {linears[node].name: weight.quantized() for node, weight in learned.items()}
 

@@ -277,7 +277,7 @@ def check_edge(target: Target, config: CompileConfig) -> None:
     ):
         given, default = getattr(config, field), CompileConfig.model_fields[field].default
         if given != default and (field, given) not in _EDGE_TAKES:
-            raise ConfigError(f"target {target.name} does without {field}, so it has no effect")
+            raise ConfigError(f"{field} has no effect on target {target.name}")
     rule = next((rule for _, rule in config.recipe.rules if rule.precision != "float"), None)
     if rule is not None:
         raise ConfigError(

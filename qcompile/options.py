@@ -87,7 +87,14 @@ def find_options(
             for linear in site.linears
             if set(options[linear.name].labels) & set(CODED)
         ]
+        first = {linear.name: options[linear.name].labels[0] for linear in site.linears}
         _agree(site, options)
+        _keep_apart(site, options)
+        for name, label in first.items():
+            found = options[name]
+            if label not in found.labels:
+                why = f"{found.reason}; not {label}, for what others make of its activation"
+                options[name] = dataclasses.replace(found, reason=why)
         for field in ("activations", "smooth", "ranges"):
             if len({getattr(rule, field) for rule in rules}) > 1:
                 raise ConfigError(
@@ -120,6 +127,27 @@ def _agree(site: Site, options: dict[str, Options]) -> None:
         others = [label for label in found.labels if label not in CODED]
         labels = (*shared, *others) or ("float",)
         options[name] = dataclasses.replace(found, labels=labels)
+
+
+def _keep_apart(site: Site, options: dict[str, Options]) -> None:
+    """What reads an activation beside llm-int8 gets no blocks of codes: rows of its weight are
+    multiplied by powers of two, and the other rows of their blocks would be rounded away.
+
+    Raises:
+        ConfigError: the recipe wants it so.
+    """
+    if not any("llm-int8" in options[linear.name].labels for linear in site.linears):
+        return
+    for linear in site.linears:
+        found = options[linear.name]
+        labels = tuple(label for label in found.labels if label in CODED or label == "float")
+        if not labels:
+            raise ConfigError(
+                f"{linear.name} cannot be {found.labels[0]} beside llm-int8: what they read has "
+                "its outlier channels divided by powers of two",
+                hint="let one glob of the recipe match all that read it",
+            )
+        options[linear.name] = dataclasses.replace(found, labels=labels)
 
 
 def needs_ranges(options: Mapping[str, Options], chosen: Mapping[str, Choice]) -> bool:

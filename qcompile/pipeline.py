@@ -172,8 +172,8 @@ def checked(
         )
     if not scheme.quantizes and config.plans:
         raise ConfigError(f"scheme {scheme.name} plans nothing, so {config.plans[0]} has no effect")
-    check_target(chosen_target, scheme, config)
     check_edge(chosen_target, config)
+    check_target(chosen_target, scheme, config)
     if scheme.method is not None:
         config = config.model_copy(update={"method": scheme.method})
     if scheme.cache_bits is not None:
@@ -383,7 +383,7 @@ def _apply(
         run(graph, [Untie(name for name, choice in chosen.items() if choice.mode)])
         alphas, kept = (replayed.smoothing, replayed.kept) if replayed is not None else (None, None)
         smoothing = plan_smoothing(
-            find_sites(graph.graph), stats, config, chosen, alphas, importance, kept
+            find_sites(graph.graph), stats, config, chosen, alphas, importance, kept, target.floats
         )
         run(graph, [SmoothQuant(smoothing), PermuteChannels(smoothing)])
         graph = spill(graph, work, stem)

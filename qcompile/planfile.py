@@ -15,7 +15,7 @@ from qcompile.linears import Site
 from qcompile.methods import Method
 from qcompile.options import Options
 from qcompile.outliers import can_split
-from qcompile.precision import Choice, Label, PrecisionPlan
+from qcompile.precision import CODED, Choice, Label, PrecisionPlan
 from qcompile.smoothing import SmoothingPlan
 from qcompile.targets.base import Target
 
@@ -40,7 +40,7 @@ class PlanFile(pydantic.BaseModel):
     smoothing: dict[str, Annotated[float, pydantic.Field(ge=0, le=1)] | None]
     ranges: dict[str, RangeMethod] = {}
     methods: dict[str, Method] = {}
-    kept: dict[str, list[Annotated[int, pydantic.Field(ge=0)]]] = {}
+    kept: dict[str, Annotated[list[pydantic.NonNegativeInt], pydantic.Field(min_length=1)]] = {}
 
     @classmethod
     def of(
@@ -126,7 +126,10 @@ class PlanFile(pydantic.BaseModel):
                 if absent or (label == "split" and not can_split(site.channels)):
                     raise ConfigError(f"{linear.name} cannot be {label}, as the plan has it")
             choices = [Choice(self.ops[linear.name], "plan") for linear in site.linears]
-            if len({choice.label for choice in choices if choice.mode is not None}) > 1:
+            labels = {choice.label for choice in choices}
+            if len(labels & set(CODED)) > 1 or (
+                "llm-int8" in labels and labels - {*CODED, "float"}
+            ):
                 raise ConfigError(
                     f"the plan quantises {site.name} in two ways, and it is one activation"
                 )

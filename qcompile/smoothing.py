@@ -15,12 +15,13 @@ from qcompile.awq import awq_errors, awq_scale
 from qcompile.calibration.stats import Stats
 from qcompile.config import CompileConfig, Smooth
 from qcompile.decomposition import find_outliers, scale_away, why_these
+from qcompile.errors import ConfigError
 from qcompile.gradients import Importance
 from qcompile.linears import Linear, Site
 from qcompile.methods import FOLDED
 from qcompile.noise import WeightMoments, output_error
 from qcompile.permuting import Permutation, find_permutable, last_places
-from qcompile.precision import Choice
+from qcompile.precision import Choice, Floats
 from qcompile.producers import Producer, Refusal, find_producer, inserted_mul
 from qcompile.rounding import Rounding, rounding_of
 
@@ -118,6 +119,7 @@ def plan_smoothing(
     replayed: Mapping[str, float | None] | None = None,
     importance: Importance | None = None,
     kept: Mapping[str, Sequence[int]] | None = None,
+    floats: Floats = "float32",
 ) -> SmoothingPlan:
     """Decide α per site.
 
@@ -130,6 +132,10 @@ def plan_smoothing(
         replayed: α by site, of an earlier plan, in place of `smooth`.
         importance: of the channels of every Linear and site; None: all outputs count alike.
         kept: channels that stay in float by site, of an earlier plan, in place of a search.
+        floats: the type of what stays in float.
+
+    Raises:
+        ConfigError: `kept` has one of several channels that are made as one, and not the others.
     """
     linears = [linear for site in sites for linear in site.linears]
     # What later folds do to a weight's output columns, by Linear. Sites are planned last to first:
@@ -143,7 +149,7 @@ def plan_smoothing(
         rounding = _folded_rounding(site, chosen, config)
         if any(chosen[linear.name].label == "llm-int8" for linear in site.linears):
             given = (kept or {}).get(site.name)
-            entry = _decomposed(site, linears, stats[site.name], config, columns, given)
+            entry = _decomposed(site, linears, stats[site.name], config, columns, given, floats)
         else:
             entry = _plan_site(
                 site, linears, stats.get(site.name), smooth, forced, columns, chosen, moments,
@@ -232,6 +238,7 @@ def _decomposed(
     config: CompileConfig,
     columns: Mapping[str, Array],
     given: Sequence[int] | None,
+    floats: Floats,
 ) -> Smoothing:
     """Outlier channels divided out of the way of the others, for `qcompile.decomposition`."""
     nothing = Smoothing(site.name, None, "", np.ones(site.channels))
@@ -251,10 +258,17 @@ def _decomposed(
         found = why_these(stats, outliers, config)
     else:
         outliers = np.unique(np.array(given, np.int64))
+        others = np.setdiff1d(np.flatnonzero(np.isin(groups, groups[outliers])), outliers)
+        if len(others):
+            raise ConfigError(
+                f"channels of {site.name} that several heads share stay in float together: the "
+                f"plan leaves {others[0]} out"
+            )
         found = f"{len(outliers)} of {site.channels} channels stay in float, as the plan has it"
     if not len(outliers):
         return dataclasses.replace(nothing, reason=f"{found}, so that all are in int8 per token")
-    scale = scale_away(stats, outliers, groups)
+    rows = np.abs(_stacked(site, columns)).max(axis=1) if floats == "float16" else None
+    scale = scale_away(stats, outliers, groups, rows)
     producer_scale = np.ones(producer.width)
     producer_scale[groups] = scale
     makers = find_permutable(site, linears)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import errno
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,6 +25,7 @@ COMPARISON: Final = "qcompile-compare.json"
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _AGAIN_SECONDS: Final = 0.05
 _ALMOST_NOTHING: Final = 1 << 20
+_SHORT_WRITE: Final = re.compile(r"\d+ requested and \d+ written")
 
 
 @contextmanager
@@ -107,8 +109,9 @@ def _replace(artifact: Path, output: Path, root: Path) -> None:
 def _disk_full(error: OSError, folder: Path) -> bool:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    # NumPy's short writes carry no errno.
-    return error.errno is None and shutil.disk_usage(folder).free < _ALMOST_NOTHING
+    # NumPy's short writes carry no errno; what it wrote may be gone by now.
+    short = _SHORT_WRITE.search(str(error)) is not None
+    return error.errno is None and (short or shutil.disk_usage(folder).free < _ALMOST_NOTHING)
 
 
 @contextmanager

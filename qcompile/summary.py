@@ -30,7 +30,7 @@ def print_summary(artifact: Artifact, console: Console) -> None:
     console.print(table)
     if report.refusals:
         console.print(
-            f"{len(report.refusals)} sites could not be smoothed; "
+            f"sites that could not be smoothed: {len(report.refusals)}; "
             f"`qcompile inspect {escape(str(artifact.path))}` says why."
         )
 
@@ -60,7 +60,10 @@ def print_ops(report: Report, console: Console) -> None:
     if not report.sites:
         return
     sites = Table(title="activations, before → after smoothing")
-    for column in ("site", "α", "absmax", "std", "kurtosis", "quantised", "smoothing"):
+    columns = ["site", "α", "absmax", "std", "kurtosis", "smoothing"]
+    if not report.units:  # whose table says what has codes
+        columns.insert(-1, "quantised")
+    for column in columns:
         sites.add_column(column, overflow="fold")
     for site in report.sites:
         sites.add_row(
@@ -69,7 +72,7 @@ def print_ops(report: Report, console: Console) -> None:
             f"{site.before.absmax:.3g} → {site.after.absmax:.3g}",
             f"{site.before.std:.3g} → {site.after.std:.3g}",
             f"{site.before.kurtosis:.3g} → {site.after.kurtosis:.3g}",
-            site.activations or "no",
+            *([] if report.units else [site.activations or "no"]),
             escape(site.smoothing),
         )
     console.print(sites)

@@ -86,6 +86,13 @@ def test_what_is_exact_is_kept(tmp_path: Path) -> None:
     assert all(found[name] is exact[name] for name in exact)
 
 
+def test_what_overflows_is_no_gain(tmp_path: Path) -> None:
+    model, started = layered(), rounded(layered())
+    huge = [{"x": batch["x"] * np.float32(1e20)} for batch in BATCHES]
+    found = distill(model, started, huge, tmp_path)
+    assert all(found[name] is started[name] for name in started)
+
+
 def test_an_op_without_a_gradient_is_named(tmp_path: Path) -> None:
     model = layered("Softplus")
     with pytest.raises(ModelError, match=r"m\.0 cannot be distilled: ai\.onnx\.Softplus"):

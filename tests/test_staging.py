@@ -247,4 +247,7 @@ def test_a_short_write_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     usage = shutil.disk_usage(tmp_path)._replace(free=4096)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OutputError, match="is full"), staged(tmp_path / "out", overwrite=False):
+        raise OSError("cannot flush")
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match="is full"), staged(tmp_path / "out", overwrite=False):
         raise OSError("65536 requested and 27136 written")

@@ -185,8 +185,8 @@ def _generated_inputs(
     _run(session, None, samples[0].feed)
     warning = (
         f"calibrated on {how}, whose ranges mean little for real data, and the accuracy in the "
-        "report is on such inputs as well; give --calibration, or at least --activations dynamic, "
-        "whose ranges are found at run time"
+        "report is on such inputs as well; give --calibration (or, where the target has it, "
+        "--activations dynamic, whose ranges are found at run time)"
     )
     return assemble(samples, how, [warning], model.kind, config)
 

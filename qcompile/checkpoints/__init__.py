@@ -56,7 +56,7 @@ def quantized_by(source: object) -> str | None:
     if isinstance(source, tuple):
         from qcompile.frontend.fake_quant import has_fake_quantise
 
-        return "fake-quantise modules" if has_fake_quantise(source[0]) else None
+        return "fake-quantise modules" if any(map(has_fake_quantise, source[:1])) else None
     if not isinstance(source, str | Path):
         return None
     path = Path(source)

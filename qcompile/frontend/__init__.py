@@ -49,8 +49,12 @@ def _load(source: Source, config: CompileConfig, work: Path) -> TracedModel:
         raise ConfigError("an adapter is for a Transformers model: a folder or a hub id")
     # Imported where they are needed: torch and Transformers take seconds, an .onnx file neither.
     if isinstance(source, tuple):
+        from torch.nn import Module
+
         from qcompile.frontend.module import trace_module
 
+        if len(source) != 2 or not isinstance(source[0], Module):
+            raise ModelError("a model that is a tuple has to be (torch.nn.Module, example_inputs)")
         module, example = source
         return trace_module(module, example, type(module).__name__.lower(), config, work)
     text = str(source)

@@ -20,8 +20,10 @@ _RANGES = ((0, 255), (-128, 127), (0, 127))
 """Of codes that ONNX's exporter writes; the last are activations of ``reduce_range``."""
 
 
-def has_fake_quantise(module: torch.nn.Module) -> bool:
-    """Whether a part of `module` is a FakeQuantize that rounds."""
+def has_fake_quantise(module: object) -> bool:
+    """Whether `module` is a torch module, and a part of it a FakeQuantize that rounds."""
+    if not isinstance(module, torch.nn.Module):
+        return False  # the frontend will say
     return any(_rounds(part) for part in module.modules() if isinstance(part, FakeQuantize))
 
 
@@ -38,9 +40,9 @@ def fixed_scales(module: torch.nn.Module) -> Iterator[None]:
         for name, part in parent.named_children()
         if isinstance(part, FakeQuantize)
     ]
+    all_fixed = [_Fixed(part) if _rounds(part) else torch.nn.Identity() for *_, part in found]
     weights = []
-    for parent, name, part in found:
-        fixed = _Fixed(part) if _rounds(part) else torch.nn.Identity()
+    for (parent, name, _), fixed in zip(found, all_fixed, strict=True):
         setattr(parent, name, fixed)
         if name == "weight_fake_quant":
             # On the grid already: QuantizeLinear divides by the scale where torch multiplies by its
@@ -52,7 +54,7 @@ def fixed_scales(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for parent, name, part in found:
             setattr(parent, name, part)
-        for weight, trained in weights:
+        for weight, trained in reversed(weights):  # one that is tied was replaced twice
             weight.data = trained
 
 

@@ -118,5 +118,24 @@ def test_what_only_tracing_tells(tmp_path: Path) -> None:
 
 
 def test_codes_of_other_ranges_are_named(tmp_path: Path) -> None:
+    module = Block(**FULL)
+    module.head = Block(quant_min=0, quant_max=15).enter
+    before = dict(module.named_modules())
     with pytest.raises(ModelError, match="codes from 0 to 15, which are not read"):
-        qcompile.compile((Block(quant_min=0, quant_max=15), X), output=tmp_path / "out")
+        qcompile.compile((module, X), output=tmp_path / "out")
+    assert dict(module.named_modules()) == before
+
+
+def test_a_tied_weight_is_as_it_was() -> None:
+    module, other = Block(**FULL), Block(**FULL)
+    module.again, other.fc.weight = other.fc, module.fc.weight
+    trained = module.fc.weight.detach().clone()
+    with fixed_scales(module):
+        assert not torch.equal(module.fc.weight, trained)
+    assert torch.equal(module.fc.weight, trained)
+
+
+@pytest.mark.parametrize("source", [("model", X), (torch.nn.Linear(2, 2),)])
+def test_a_tuple_that_is_no_module_is_refused(source: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has to be"):
+        qcompile.compile(source, output=tmp_path / "out")

@@ -86,7 +86,7 @@ def test_each_op_is_measured_with_those_before_it_corrected() -> None:
     w_off, v_off = w + 0.3 * random(4, 3, 1, 1), v + 0.3 * random(2, 4, 1, 1)
     reference = typed(from_text(HEADER + TWO, w=w, v=v))
     measured = typed(from_text(HEADER + TWO, w=w_off, v=v_off))
-    observe = ObserveBias(reference, [("one", 1, 4), ("two", 1, 2)])
+    observe = ObserveBias(reference, [("one", "one", 1, 4), ("two", "two", 1, 2)])
     assert observe(measured).modified
     found = run_model(measured, {"x": x}, optimise=False)
 

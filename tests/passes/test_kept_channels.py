@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +13,7 @@ from qcompile.passes.quantize import Quantize
 from qcompile.passes.weight_only import KERNEL as NBITS
 from qcompile.passes.weight_only import WeightOnlyMatMul
 
+from qcompile.correction import correct_linears
 from qcompile.linears import find_linears
 from qcompile.precision import ActivationQuant, Kept, OpPlan, PrecisionPlan, SitePlan
 from qcompile.weight_blocks import quantize_blocks
@@ -169,3 +171,16 @@ def test_the_graph_is_that_of_the_text() -> None:
       p = MatMul (o, k) y = Add (c, p) }}"""
     constants = {"wq": weight.codes, "ws": weight.scale, "b": B, "i": APART, "k": W[APART]}
     assert_same_graph(model, from_text(HEADER + after, **constants))
+
+
+@pytest.mark.parametrize("channels", [APART, TOGETHER])
+def test_a_bias_is_not_corrected_for_what_they_add(channels: np.ndarray, tmp_path: Path) -> None:
+    model, plan = planned(channels, blocks=True)
+    x = X + 1.0
+    weight = plan.ops[0].weight
+    assert weight is not None
+    off = (x @ (W - weight.dequantized())).mean((0, 1))
+    shift = correct_linears(model, plan, [{"x": x}], tmp_path).shifts[plan.ops[0].name]
+    # Uncertainty takes a part of it, and never adds to it.
+    assert (np.abs(shift) <= np.abs(off) + 1e-5).all() and shift.any()
+    assert np.abs((x[..., channels] @ W[channels]).mean((0, 1))).min() > np.abs(off).max()
