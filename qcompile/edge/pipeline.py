@@ -20,7 +20,7 @@ from qcompile.edge.settings import choose_settings
 from qcompile.edge.sizing import choose_narrow
 from qcompile.edge.smoothing import smooth_linears
 from qcompile.edge.static_shapes import bind_shapes, check_input_shapes, fold_shapes
-from qcompile.edge.units import find_units, keep_float, name_units
+from qcompile.edge.units import find_units, inner_ops, keep_float, name_units
 from qcompile.edge.verifying import verify_edge
 from qcompile.equalization import EqualizationPlan
 from qcompile.errors import VerificationError
@@ -127,6 +127,8 @@ def compile_edge(
         model, target, target_spec, scheme, data, smoothing, rows, plan, findings, sqnr, phases,
         equalization, correction,
     )  # fmt: skip
+    if scheme.quantizes:
+        report.warnings += inner_ops(graph.graph, profile)
     artifact.complete(
         folder, model, target, report, ranges, plan, None, config, data.held_back[0],
         work / "traced.onnx",

@@ -133,6 +133,27 @@ def find_units(graph: ir.Graph, profile: Profile) -> list[Unit]:
     return units
 
 
+def inner_ops(graph: ir.Graph, profile: Profile) -> list[str]:
+    """Ops in the bodies of If, Loop and Scan that the profile has: they stay in float, in a
+    sentence for each body's op."""
+    return [
+        f"{inside.op_type} ({inside.name or 'unnamed'}) in a body of {node.op_type} ({node.name}) "
+        "stays in float: only a model's own graph is quantised"
+        for node in graph
+        for body in _bodies(node)
+        for inside in body.all_nodes()
+        if inside.op_type in profile.computes | profile.weight_only
+    ]
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
+
+
 def axis_of(operand: Operand) -> int | None:
     """The axis of a weight's output channels."""
     node, rank = operand.node, len(operand.value.shape or ())

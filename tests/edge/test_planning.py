@@ -19,9 +19,9 @@ from qcompile.edge.plan import LIMITS, Code, EdgePlan
 from qcompile.edge.planning import affine, plan_edge, require_any
 from qcompile.edge.profiles import PROFILES, get_profile
 from qcompile.edge.settings import Settings
-from qcompile.edge.units import Operand, Unit, find_units, keep_float, name_units
+from qcompile.edge.units import Operand, Unit, find_units, inner_ops, keep_float, name_units
 from qcompile.errors import ConfigError, ModelError
-from tests.edge.models import convolutional, images
+from tests.edge.models import convolutional, images, transformer
 from tests.passes.rewriting import HEADER, typed
 from tests.support import Feed, from_text, run_model
 
@@ -273,3 +273,19 @@ def test_every_profile_says_where_it_is_documented() -> None:
         assert profile.sources and all(s.url.startswith("https://") for s in profile.sources)
         assert profile.per_channel <= profile.computes | profile.weight_only or not profile.computes
         assert not profile.computes & profile.moves
+
+
+def test_ops_in_a_branch_stay_in_float_and_are_told() -> None:
+    model = from_text(
+        """<ir_version: 10, opset_import: ["" : 23]>
+        g (float[2,4] x, bool c, float[4,4] w) => (float[2,4] y) {
+          y = If (c) <
+            then_branch = t () => (float[2,4] a) { a = MatMul (x, w) },
+            else_branch = e () => (float[2,4] b) { b = Identity (x) }
+          >
+        }""",
+        w=np.eye(4, dtype=np.float32),
+    )
+    (told,) = inner_ops(model.graph, get_profile(""))
+    assert told.startswith("MatMul (") and "in a body of If" in told
+    assert inner_ops(transformer().graph, get_profile("")) == []
