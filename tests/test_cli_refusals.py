@@ -153,7 +153,7 @@ def test_custom_code_is_not_run(run_cli: RunCli, model: Path, tmp_path: Path) ->
         (
             ["--scheme", "w3a3"],
             "unknown scheme 'w3a3' (one of fp32, fp16, w8a8, llm-int8, fp8, w8a16, w4a16, w4a8, "
-            "mixed, nf4, fp4, checkpoint; kv8 or kv4 may follow)",
+            "mixed, zeroquant, zeroquant4, nf4, fp4, checkpoint; kv8 or kv4 may follow)",
         ),
         (
             ["--scheme", "w8a8kv8", "--no-cache"],

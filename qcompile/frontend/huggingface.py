@@ -229,6 +229,14 @@ def _load_weights(
     source: str, task: str, hf_config: Any, trust: bool
 ) -> tuple[Any, Checkpoint | None]:
     auto_class = TasksManager.get_model_class_for_task(task)
+    # A model with code of its own says for itself what it can do.
+    own_code = bool(getattr(hf_config, "auto_map", None))
+    if not own_code and type(hf_config) not in auto_class._model_mapping:
+        raise ModelError(
+            f"{source} is of type {hf_config.model_type}, which Transformers has not for task "
+            f"{task!r}",
+            hint=f"leave --task out, or give another of {', '.join(_TASKS)}",
+        )
     settings, checkpoint = quantization_settings(Path(source)), None
     if is_gguf(source):
         module, info, checkpoint = guarded("weights", source, load_gguf, source, auto_class)
