@@ -20,21 +20,21 @@ def float_problems(traced: Path, rewritten: Path, feed: Batch) -> list[str]:
     Both run on the first sample of `feed`, and once more with its first quarter masked as left
     padding where the model takes a mask; outputs at masked positions do not count.
     """
-    before = open_session(traced)
-    sample = first_sample(before, feed)
+    # The rewritten one first: its batch may be of one size only, where the traced one's is not.
+    after = open_session(rewritten)
+    sample = first_sample(after, feed)
     cases = {"": sample}
     padded = _padded(sample)
     if padded is not None:
         cases[" under padding"] = padded
-    expected = {label: run_outputs(before, inputs) for label, inputs in cases.items()}
-    del before  # two float models in memory at once are not needed
-    after = open_session(rewritten)
+    actual = {label: run_outputs(after, inputs) for label, inputs in cases.items()}
+    del after  # two float models in memory at once are not needed
+    before = open_session(traced)
     problems = []
     for label, inputs in cases.items():
-        actual = run_outputs(after, inputs)
-        for name, reference in expected[label].items():
+        for name, reference in run_outputs(before, inputs).items():
             keep = _real(inputs, reference)
-            wanted, got = reference[keep], actual[name][keep]
+            wanted, got = reference[keep], actual[label][name][keep]
             largest = float(np.abs(wanted).max(initial=0.0))
             # Outputs may be truth values, or numbers without a sign.
             off = np.subtract(wanted, got, dtype=np.float64)

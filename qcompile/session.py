@@ -154,15 +154,27 @@ def run_outputs(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[
         raise VerificationError(f"the graph fails on a valid input: {lines[0]}") from error
 
 
-def first_sample(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """`feed` cut to its first sample, or whole where the graph does not let it be cut."""
-    if divisible(session, feed) is None:
+def first_sample(
+    session: ort.InferenceSession,
+    feed: Mapping[str, Any],
+    compiled: ort.InferenceSession | None = None,
+) -> dict[str, np.ndarray]:
+    """`feed` cut to its first sample, or whole where a graph does not let it be cut."""
+    if divisible(session, feed, compiled) is None:
         return dict(feed)
     return {name: value[:1] for name, value in feed.items()}
 
 
-def divisible(session: ort.InferenceSession, feed: Mapping[str, Any]) -> int | None:
-    """Samples in `feed`, if its first axis is a batch that the graph takes in any size."""
+def divisible(
+    session: ort.InferenceSession,
+    feed: Mapping[str, Any],
+    compiled: ort.InferenceSession | None = None,
+) -> int | None:
+    """Samples in `feed`, if its first axis is a batch that the graph takes in any size, and what
+    was `compiled` from it too: its shapes may have been given for good."""
+    given = compiled.get_inputs() if compiled is not None else ()
+    if any(i.name in feed and i.shape and isinstance(i.shape[0], int) for i in given):
+        return None
     shapes = {i.name: i.shape for i in session.get_inputs()}
     lengths = {np.shape(value)[:1] for name, value in feed.items() if name in shapes}
     if len(lengths) != 1 or lengths == {()}:

@@ -112,7 +112,7 @@ def compare(
     reference: ort.InferenceSession, compiled: ort.InferenceSession, batch: Batch, into: Accuracy
 ) -> None:
     """Run both sessions on `batch`, in slices where it can be cut, and add the comparison."""
-    samples = divisible(reference, batch)
+    samples = divisible(reference, batch, compiled)
     if samples is None:
         into.add_all(batch, run_outputs(reference, batch), run_outputs(compiled, batch))
         return

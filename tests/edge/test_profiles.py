@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 import qcompile
-from qcompile.artifact import read_record
+from qcompile.artifact import read_record, read_sample
 from qcompile.check import check_artifact
 from qcompile.config import CompileConfig
 from qcompile.edge.options import Dims, EdgeOptions
@@ -148,6 +149,19 @@ def test_shapes_are_written_into_the_graph(tmp_path: Path) -> None:
     # The causal mask is a constant then.
     assert not {"Shape", "Range", "LessOrEqual"} & {node.op_type for node in model.graph}
     assert Report.read(tmp_path / "out").accuracy == artifact.report.accuracy
+
+
+def test_a_batch_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the comparison with the traced graph nor check.npz may cut it, or its length."""
+    monkeypatch.setattr("qcompile.artifact._SAMPLE_OUTPUT_BYTES", 100)
+    source = saved(transformer(), tmp_path / "small.onnx")
+    feeds = [{"ids": np.concatenate([a["ids"], b["ids"]])} for a, b in pairwise(sentences(24))]
+    config = CompileConfig(samples=16, edge=EdgeOptions(shapes={"ids": (2, 8)}))
+    qcompile.compile(
+        source, target="onnx-edge:qnn", calibration=feeds, config=config, output=tmp_path / "out"
+    )
+    check_artifact(tmp_path / "out")
+    assert read_sample(tmp_path / "out")[0]["ids"].shape == (2, 8)
 
 
 def _parameters(model: ir.Model, index: int) -> dict[ir.Node, np.ndarray]:
