@@ -91,7 +91,8 @@ def test_each_op_is_measured_with_those_before_it_corrected() -> None:
     found = run_model(measured, {"x": x}, optimise=False)
 
     def conv(image: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return np.einsum("nchw,oc->nohw", image, weight[..., 0, 0])
+        result: np.ndarray = np.einsum("nchw,oc->nohw", image, weight[..., 0, 0])
+        return result
 
     off = conv(x, w) - conv(x, w_off)
     mean = off.mean((0, 2, 3))
