@@ -26,8 +26,9 @@ from qcompile.checkpoints.scheme import choose_scheme
 from qcompile.config import CompileConfig
 from qcompile.errors import QcompileError
 from qcompile.methods import METHODS
-from qcompile.pipeline import Shared, checked, compile_shared
+from qcompile.pipeline import compile_shared
 from qcompile.progress import Phases
+from qcompile.shared import Shared, checked
 
 SETTINGS = [
     *((f"w4a16:{method}", False) for method in METHODS),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qcompile.artifact import Artifact
     from qcompile.comparing import Row
     from qcompile.frontend import Source
-    from qcompile.pipeline import Calibration
+    from qcompile.shared import Calibration
 
 __all__ = [
     "Artifact",

@@ -15,9 +15,10 @@ from qcompile.checkpoints.scheme import choose_scheme
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, QcompileError
 from qcompile.limits import check_seq_len
-from qcompile.pipeline import Calibration, Shared, checked, compile_shared
+from qcompile.pipeline import compile_shared
 from qcompile.progress import Phases
 from qcompile.report import Report
+from qcompile.shared import Calibration, Shared, checked
 from qcompile.staging import COMPARISON, staged
 
 

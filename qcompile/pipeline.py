@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
@@ -16,7 +15,7 @@ from qcompile import artifact, frontend
 from qcompile.cache_effect import cache_report
 from qcompile.cache_plan import CachePlan
 from qcompile.cache_planning import plan_cache
-from qcompile.calibration.data import CalibrationData, check_calibration_path, load_calibration
+from qcompile.calibration.data import CalibrationData, load_calibration
 from qcompile.calibration.generate import generate_calibration
 from qcompile.calibration.run import HISTOGRAM_STRIDE, calibrate
 from qcompile.calibration.stats import Stats
@@ -25,7 +24,7 @@ from qcompile.choosing import decide, scheme_choice
 from qcompile.codes import find_codes
 from qcompile.config import CompileConfig
 from qcompile.correction import correct_linears
-from qcompile.errors import ConfigError, VerificationError
+from qcompile.errors import VerificationError
 from qcompile.gradients import Importance
 from qcompile.joining import plan_joins
 from qcompile.keeping import keep_plan
@@ -33,11 +32,8 @@ from qcompile.last import keep_last
 from qcompile.limits import (
     broken_limits,
     check_cache_bits,
-    check_edge,
     check_limits,
-    check_plan_paths,
     check_seq_len,
-    check_target,
     incomparable,
 )
 from qcompile.linears import find_sites
@@ -69,10 +65,11 @@ from qcompile.reporting import make_report, site_rows
 from qcompile.schemes import Scheme
 from qcompile.session import open_session
 from qcompile.shapes import check_shapes, default_shapes, prompt_length, timing_feeds
+from qcompile.shared import Calibration, Shared, checked
 from qcompile.smoothing import SmoothingPlan, plan_smoothing
 from qcompile.spill import release, spill
 from qcompile.staging import staged
-from qcompile.targets import Target, get_target
+from qcompile.targets import Target
 from qcompile.traced import TracedModel
 from qcompile.trying import Applied, keep_within, tried_kl
 from qcompile.verify import measure_sqnr, verify
@@ -94,9 +91,6 @@ def canonicalize(kept: Collection[str] = ()) -> list[ir.passes.InPlacePass]:
         CanonicalLinear(kept),
         FoldAffine(kept),
     ]
-
-
-Calibration: TypeAlias = str | Path | Iterable[str] | Iterable[Mapping[str, Any]] | None
 
 
 def compile_model(
@@ -126,62 +120,6 @@ def compile_model(
     if config.plan_out is not None:
         shutil.copyfile(output / PLAN, config.plan_out)
     return artifact.Artifact(path=output, report=report)
-
-
-@dataclasses.dataclass
-class Shared:
-    """What compilations of one model, by several schemes, have in common: made once, when it is
-    first asked for.
-
-    Attributes:
-        source: the model.
-        calibration: as the user gave it.
-        work: folder for graphs.
-        model: traced, in its canonical form.
-        data: what calibrates, and what is held back.
-        stats: of every site; kept where there are several schemes.
-        several: whether there are.
-    """
-
-    source: frontend.Source
-    calibration: Calibration
-    work: Path
-    model: TracedModel | None = None
-    data: CalibrationData | None = None
-    stats: Mapping[str, Stats] | None = None
-    several: bool = False
-
-
-def checked(
-    target: str,
-    scheme: Scheme,
-    calibration: Calibration,
-    config: CompileConfig,
-) -> tuple[Target, CompileConfig]:
-    """What `target` stands for, and `config` as `scheme` completes it.
-
-    Raises:
-        ConfigError: what can be known to be wrong before anything is computed.
-        CalibrationError: there is no such file.
-    """
-    chosen_target = get_target(target)
-    if config.recipe.rules and not scheme.quantizes:
-        raise ConfigError(
-            f"scheme {scheme.name} quantises nothing, so a recipe has no effect",
-            hint="leave the recipe out",
-        )
-    if not scheme.quantizes and config.plans:
-        raise ConfigError(f"scheme {scheme.name} plans nothing, so {config.plans[0]} has no effect")
-    check_edge(chosen_target, config)
-    check_target(chosen_target, scheme, config)
-    if scheme.method is not None:
-        config = config.model_copy(update={"method": scheme.method})
-    if scheme.cache_bits is not None:
-        config = config.model_copy(update={"cache": True})
-    check_plan_paths(config)
-    if isinstance(calibration, str | Path):
-        check_calibration_path(Path(calibration))
-    return chosen_target, config
 
 
 def compile_shared(

@@ -31,13 +31,14 @@ from qcompile.passes.quantize_tensors import QuantizeTensors
 from qcompile.passes.to_gemm import ToGemm
 from qcompile.passes.to_opset import ToOpset
 from qcompile.passes.zero_bias import ZeroBias
-from qcompile.pipeline import Shared, calibration_data, run, traced
+from qcompile.pipeline import calibration_data, run, traced
 from qcompile.precision import PrecisionPlan
 from qcompile.progress import Phases
 from qcompile.ranges import Ranges, find_ranges
 from qcompile.report import Report, SiteRow
 from qcompile.reporting import site_rows
 from qcompile.schemes import Scheme
+from qcompile.shared import Shared
 from qcompile.smoothing import SmoothingPlan
 from qcompile.spill import spill
 from qcompile.targets import Target

@@ -14,9 +14,10 @@ from qcompile.targets import get_target
 from sklearn.datasets import load_digits
 
 import qcompile
-from qcompile.pipeline import Shared, compile_shared
+from qcompile.pipeline import compile_shared
 from qcompile.progress import Phases
 from qcompile.schemes import get_scheme
+from qcompile.shared import Shared
 
 MODELS: Any = transformers  # whose configurations leave num_labels out of their types
 
