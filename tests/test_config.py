@@ -244,8 +244,8 @@ def test_an_empty_recipe_file(tmp_path: Path) -> None:
 
 def test_schemes() -> None:
     assert list(SCHEMES) == [
-        "fp32", "fp16", "w8a8", "llm-int8", "fp8", "w8a16", "w4a16", "w4a8", "mixed", "nf4", "fp4",
-        "checkpoint",
+        "fp32", "fp16", "w8a8", "llm-int8", "fp8", "w8a16", "w4a16", "w4a8", "mixed",
+        "zeroquant", "zeroquant4", "nf4", "fp4", "checkpoint",
     ]  # fmt: skip
     assert get_scheme("w8a8").quantizes
     with pytest.raises(ConfigError) as error:
