@@ -10,7 +10,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-from qcompile.names import join_paths, module_path
+from qcompile.names import join_paths, module_path, unique_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +84,7 @@ def find_linears(graph: ir.Graph) -> list[Linear]:
         linear = _as_linear(node)
         if linear is None:
             continue
-        # A module that is called twice gives two ops of one name; reports must tell them apart.
-        name, call = linear.name or "unnamed", 0
-        while name in taken:
-            call += 1
-            name = f"{linear.name or 'unnamed'}#{call}"
-        taken.add(name)
+        name = unique_name(linear.name or "unnamed", taken)
         found.append(dataclasses.replace(linear, name=name))
     return found
 

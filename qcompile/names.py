@@ -68,3 +68,16 @@ def join_paths(paths: list[str]) -> str:
     prefix = ".".join(split[0][:shared])
     rest = ",".join(".".join(parts[shared:]) for parts in split)
     return f"{prefix}.{{{rest}}}" if prefix else f"{{{rest}}}"
+
+
+def unique_name(name: str, taken: set[str]) -> str:
+    """`name`, numbered where it is among `taken`, to which it is added.
+
+    A module that is called twice gives two ops of one name; reports must tell them apart.
+    """
+    found, call = name, 0
+    while found in taken:
+        call += 1
+        found = f"{name}#{call}"
+    taken.add(found)
+    return found

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.linears import Linear, find_linears, is_constant
-from qcompile.names import module_path, set_module_path
+from qcompile.names import module_path, set_module_path, unique_name
 
 Array = npt.NDArray[Any]
 
@@ -95,12 +95,7 @@ def find_weighted(graph: ir.Graph) -> list[Weighted]:
         op = _of_node(node)
         if op is None:
             continue
-        name, call = op.name or "unnamed", 0
-        while name in taken:
-            call += 1
-            name = f"{op.name or 'unnamed'}#{call}"
-        taken.add(name)
-        found.append(dataclasses.replace(op, name=name))
+        found.append(dataclasses.replace(op, name=unique_name(op.name or "unnamed", taken)))
     return found
 
 

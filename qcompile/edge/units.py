@@ -13,7 +13,7 @@ from qcompile.edge.plan import Role
 from qcompile.edge.profiles import Profile
 from qcompile.errors import ConfigError
 from qcompile.linears import is_constant
-from qcompile.names import PART_OF_KEY, module_path
+from qcompile.names import PART_OF_KEY, module_path, unique_name
 
 WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Ops whose second input may be a constant weight, and whose third is a bias."""
@@ -92,12 +92,7 @@ def name_units(graph: ir.Graph) -> None:
         path = module_path(node)
         if node.op_type not in WEIGHTED and not path.endswith(node.op_type):
             path = f"{path}.{node.op_type}".strip(".")
-        name, call = path or node.op_type, 0
-        while name in taken:
-            call += 1
-            name = f"{path or node.op_type}#{call}"
-        taken.add(name)
-        node.name = name
+        node.name = unique_name(path or node.op_type, taken)
 
 
 def keep_float(units: Iterable[Unit], recipe: Recipe) -> dict[str, str]:
