@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
+from qcompile.passes.packed_attention import PackedAttention
 from qcompile.targets import Target
 from qcompile.targets.ort_cpu import OrtCpu
 
@@ -83,9 +84,10 @@ class Cached:
 def compile_cached(
     source: Path, folder: Path, target: Target | None = None, floats: Floats = "float32"
 ) -> None:
-    model = frontend.load(str(source), CompileConfig(), folder)
+    model, target = frontend.load(str(source), CompileConfig(), folder), target or OrtCpu()
     run(model.ir, canonicalize())
-    run(model.ir, [*with_cache(), *(target or OrtCpu()).lower(PrecisionPlan(floats=floats))])
+    run(model.ir, [*with_cache(), *target.lower(PrecisionPlan(floats=floats))])
+    run(model.ir, [PackedAttention(model.max_length)] if target.packs else [])
     ir.save(model.ir, folder / "model.onnx")
     settings = genai_config(model.ir.graph, source, model.max_length)
     (folder / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
