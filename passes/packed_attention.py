@@ -17,7 +17,7 @@ from qcompile.passes.symbolic_shapes import dims_of
 
 from qcompile.cache import MASK, POSITIONS, TOKENS
 from qcompile.linears import is_constant
-from qcompile.names import join_paths, module_path
+from qcompile.names import module_path
 
 GUARD: Final = "padding_between_the_tokens_of_one_prompt_is_not_supported"
 """The node that fails there: ONNX Runtime names it in the error that it raises."""
@@ -59,13 +59,14 @@ class PackedAttention(ir.passes.InPlacePass):
 
     @property
     def notes(self) -> list[str]:
-        """`apart` in sentences, one for each reason."""
-        by: dict[str, list[str]] = {}
-        for path, reason in self.apart.items():
-            by.setdefault(reason, []).append(path)
+        """`apart` in words, one line for each reason."""
+        paths = {
+            reason: [p for p, r in self.apart.items() if r == reason]
+            for reason in dict.fromkeys(self.apart.values())
+        }
         return [
-            f"{join_paths(paths)} takes queries, keys and values apart: {reason}"
-            for reason, paths in by.items()
+            f"{first}{f' and {len(more)} more' if more else ''}: {reason}"
+            for reason, (first, *more) in paths.items()
         ]
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -290,14 +291,8 @@ def _places(graph: ir.Graph) -> ir.Value:
     places = tape.op("Mul", [tape.op("Add", [own, before]), real])
     # The kernel reads places[0, 0] of a first prompt, which is 0, and counts on.
     counted = tape.op("Range", [zero, tape.op("Squeeze", [length]), one])
-    agree = tape.op("Equal", [tape.op("Mul", [counted, real]), places])
-    wrong = tape.op(
-        "Less",
-        [
-            tape.op("Cast", [agree], {"to": _INT64}),
-            tape.op("Cast", [tape.op("Equal", [length, total])], {"to": _INT64}),
-        ],
-    )
+    apart = tape.op("Not", [tape.op("Equal", [tape.op("Mul", [counted, real]), places])])
+    wrong = tape.op("And", [apart, tape.op("Equal", [length, total])])
     index = tape.op("ReduceMax", [tape.op("Cast", [wrong], {"to": _INT64})], {"keepdims": 0})
     checked = tape.op("Gather", [only, index])
     result = tape.op("Add", [places, checked])

@@ -164,7 +164,7 @@ def compile_shared(
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
     graph, decision, notes, ranges = model.ir.clone(), None, list[str](), Ranges()
-    smoothing, stats = SmoothingPlan(), dict[str, Stats]()
+    smoothing, stats, apart = SmoothingPlan(), dict[str, Stats](), list[str]()
     floats = scheme.floats or target.floats
     plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}", floats)
     if scheme.keeps:
@@ -237,7 +237,7 @@ def compile_shared(
                 graph,
                 [*([packing] if target.packs else ()), JoinProducts(plan_joins(plan, target))],
             )
-            notes += packing.notes
+            apart = packing.notes
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:
@@ -274,6 +274,7 @@ def compile_shared(
         decision, config, kept,
     )  # fmt: skip
     report.warnings += notes
+    report.apart = apart
     artifact.complete(
         folder, model, target, report, ranges, plan, cache, config, data.held_back[0], traced_path
     )

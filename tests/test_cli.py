@@ -20,7 +20,7 @@ from tests.cli_runner import Outcome, RunCli
 
 KEYS = {
     "path", "model", "task", "target", "scheme", "calibration", "samples", "held_back", "warnings",
-    "refusals", "bytes_float", "bytes", "accuracy", "decoded", "cache", "speed", "floats",
+    "refusals", "bytes_float", "bytes", "accuracy", "decoded", "cache", "apart", "speed", "floats",
     "seconds", "ops_by_precision",
 }  # fmt: skip
 
