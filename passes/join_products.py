@@ -30,7 +30,7 @@ class JoinProducts(ir.passes.InPlacePass):
     """Emit one product for all that read one activation, for steps of few tokens.
 
     ``y = MatMulNBits(x, W)``, ``z = MatMulNBits(x, V)`` -> ``y, z = Split(MatMulNBits(x, [W V]))``;
-    codes, scales and biases of the outputs stay what they were.
+    codes, scales and biases of the outputs stay what they were. ``MatMulIntegerToFloat`` likewise.
 
     Left as it is: another block size or number of bits, a bias that only some have, a weight that
     something else reads too, an output of the graph.
@@ -46,10 +46,9 @@ class JoinProducts(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         groups: dict[object, list[ir.Node]] = {}
         for node in model.graph:
-            if node.name in self.names and (node.domain, node.op_type) == (CONTRIB, NBITS):
-                key = join_key(node)
-                if key is not None:
-                    groups.setdefault(key, []).append(node)
+            key = join_key(node) if node.name in self.names else None
+            if key is not None:
+                groups.setdefault(key, []).append(node)
         joined = [nodes for nodes in groups.values() if len(nodes) > 1]
         for nodes in joined:
             _split(model.graph, nodes)

@@ -19,7 +19,7 @@ from qcompile.cache import MASK, POSITIONS, TOKENS
 from qcompile.linears import is_constant
 from qcompile.names import module_path
 
-GUARD: Final = "padding_between_the_tokens_of_one_prompt_is_not_supported"
+GUARD: Final = "padding_between_the_tokens_of_one_prompt_or_positions_that_do_not_count_them"
 """The node that fails there: ONNX Runtime names it in the error that it raises."""
 
 _ATTENTION: Final = "GroupQueryAttention"
@@ -92,10 +92,8 @@ class _Apart(Exception):
 def _pack(graph: ir.Graph, node: ir.Node, tables: _Tables) -> None:
     if node.attributes.get_string("k_quant_type", "NONE") != "NONE":
         raise _Apart("keys and values in codes are measured apart, as the attention reads them")
-    given, rotations = (
-        list(node.inputs[:3]),
-        [made_by(v, "RotaryEmbedding") for v in node.inputs[:2]],
-    )
+    given = list(node.inputs[:3])
+    rotations = [made_by(value, "RotaryEmbedding") for value in given[:2]]
     rotation = _Rotation.of(*rotations) if rotations != [None, None] else None
     if rotation is not None:
         given[:2] = [r.inputs[0] for r in rotations if r is not None]
@@ -278,27 +276,36 @@ def _angles(
 def _places(graph: ir.Graph) -> ir.Value:
     inputs = {value.name: value for value in graph.inputs}
     mask, own, tokens = inputs[MASK], inputs[POSITIONS], inputs[TOKENS]
-    axis = constant(graph, "places/axis", np.array([1]))
-    end = constant(graph, "places/end", np.array([np.iinfo(np.int64).max]))
     zero, one = (constant(graph, f"places/{n}", np.array(n)) for n in (0, 1))
     only = constant(graph, "places/only", np.array([0]))
-    tape = ir.tape.Tape()
+    tape, prompt, later = (ir.tape.Tape() for _ in range(3))
     length = tape.op("Shape", [tokens], {"start": 1, "end": 2})
     total = tape.op("Shape", [mask], {"start": 1, "end": 2})
-    # Of what is in the mask, the new tokens; padding among them has place 0, which nothing reads.
-    real = tape.op("Slice", [mask, tape.op("Neg", [length]), end, axis])
+    first = tape.op("Equal", [length, total])
     before = tape.op("ArgMax", [mask], {"axis": 1, "keepdims": 1})
-    places = tape.op("Mul", [tape.op("Add", [own, before]), real])
-    # The kernel reads places[0, 0] of a first prompt, which is 0, and counts on.
-    counted = tape.op("Range", [zero, tape.op("Squeeze", [length]), one])
-    apart = tape.op("Not", [tape.op("Equal", [tape.op("Mul", [counted, real]), places])])
-    wrong = tape.op("And", [apart, tape.op("Equal", [length, total])])
-    index = tape.op("ReduceMax", [tape.op("Cast", [wrong], {"to": _INT64})], {"keepdims": 0})
-    checked = tape.op("Gather", [only, index])
-    result = tape.op("Add", [places, checked])
-    for at, node in enumerate(tape.nodes):
-        node.name = GUARD if node is checked.producer() else f"places/{at}/{node.op_type}"
-        node.outputs[0].name = f"places/{at}/{node.op_type}/output"
+    # The kernel reads counted[0, 0] of a first prompt, which is 0, and counts on.
+    counted = prompt.op(
+        "Mul", [prompt.op("Range", [zero, prompt.op("Squeeze", [length]), one]), mask]
+    )
+    wanted = prompt.op("Mul", [prompt.op("Add", [own, before]), mask])
+    wrong = prompt.op("Not", [prompt.op("Equal", [counted, wanted])])
+    index = prompt.op("ReduceMax", [prompt.op("Cast", [wrong], {"to": _INT64})], {"keepdims": 0})
+    checked = prompt.op("Gather", [only, index])
+    counted = prompt.op("Add", [counted, checked])
+    placed = later.op("Add", [own, before])
+    branches = {}
+    for name, part, value in (("then_branch", prompt, counted), ("else_branch", later, placed)):
+        _named(part, f"places/{name}", checked)
+        value.type, value.shape = own.type, own.shape
+        branches[name] = ir.Graph([], [value], nodes=part.nodes, name=name)
+    result = tape.op("If", [first], branches)
+    _named(tape, "places", checked)
     result.type, result.shape = own.type, own.shape
     graph.insert_before(next(iter(graph)), tape.nodes)
     return result
+
+
+def _named(tape: ir.tape.Tape, prefix: str, guard: ir.Value) -> None:
+    for at, node in enumerate(tape.nodes):
+        node.name = GUARD if node.outputs[0] is guard else f"{prefix}/{at}/{node.op_type}"
+        node.outputs[0].name = f"{prefix}/{at}/{node.op_type}/output"

@@ -62,25 +62,24 @@ ATTENTION = f"{KERNEL.format('')} (rq, rk, v, {REST}"
 PLACES = f"""
     length = Shape <start = 1, end = 2> (input_ids)
     whole = Shape <start = 1, end = 2> (attention_mask)
-    back = Neg (length)
-    real = Slice (attention_mask, back, open, axis)
-    before = ArgMax <axis = 1, keepdims = 1> (attention_mask)
-    shifted = Add (position_ids, before)
-    places = Mul (shifted, real)
-    count = Squeeze (length)
-    counted = Range (zero, count, one)
-    wanted = Mul (counted, real)
-    agree = Equal (wanted, places)
-    apart = Not (agree)
     prompt = Equal (length, whole)
-    both = And (apart, prompt)
-    wrong = Cast <to = {INT64}> (both)
-    index = ReduceMax <keepdims = 0> (wrong)
-    fine = Gather (only, index)
-    own = Add (places, fine)
+    before = ArgMax <axis = 1, keepdims = 1> (attention_mask)
+    own = If (prompt) <
+      then_branch = first () => (int64[B,S] places) {{
+        count = Squeeze (length)
+        range = Range (zero, count, one)
+        counted = Mul (range, attention_mask)
+        shifted = Add (position_ids, before)
+        wanted = Mul (shifted, attention_mask)
+        agree = Equal (counted, wanted)
+        apart = Not (agree)
+        wrong = Cast <to = {INT64}> (apart)
+        index = ReduceMax <keepdims = 0> (wrong)
+        fine = Gather (only, index)
+        places = Add (counted, fine) }},
+      else_branch = later () => (int64[B,S] after) {{ after = Add (position_ids, before) }}>
 """
-CONSTANTS = f"""<int64[1] axis = {{1}}, int64[1] open = {{{np.iinfo(np.int64).max}}},
-    int64 zero = {{0}}, int64 one = {{1}}, int64[1] only = {{0}}>"""
+CONSTANTS = "<int64 zero = {0}, int64 one = {1}, int64[1] only = {0}>"
 AFTER = SIGNATURE.format(MADE)
 PACKED = KERNEL.format(", do_rotary = 1, rotary_interleaved = 0") + (
     "(qkv, , , pk, pv, last, total, cos, sin, own, bias)"
