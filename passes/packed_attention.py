@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -12,7 +13,7 @@ from qcompile.passes.constants import constant, drop_unused, sole_use
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.join_products import join, join_key, strung
 from qcompile.passes.known_mask import session_of
-from qcompile.passes.matching import build, is_op, like, made_by, operands, same
+from qcompile.passes.matching import build, ints, is_op, like, made_by, operands, same
 from qcompile.passes.symbolic_shapes import dims_of
 
 from qcompile.cache import MASK, POSITIONS, TOKENS
@@ -31,9 +32,10 @@ _MULTIPLE: Final = {"head": 16, "table": 8}
 class PackedAttention(ir.passes.InPlacePass):
     """Queries, keys and values as one product, for ``GroupQueryAttention`` with a cache.
 
-    1. ``GroupQueryAttention(R(P(x)), R(P'(x)), P''(x), …)``, R a ``RotaryEmbedding`` whose angles
-       follow from ``position_ids`` -> ``GroupQueryAttention<do_rotary>([P P' P''](x), , , …, cos,
-       sin, positions)``, cos and sin of all positions as constants
+    1. ``GroupQueryAttention(R(P(x)), R(P'(x)), P''(x), …)``, R a ``RotaryEmbedding`` of all or of
+       each head's first channels, whose angles follow from ``position_ids``
+       -> ``GroupQueryAttention<do_rotary>([P P' P''](x), , , …, cos, sin, positions)``, cos and sin
+       of all positions as constants
     2. the same without R
     3. ``q, k, v = Split(p)`` in place of the three products -> the same with p
 
@@ -92,12 +94,9 @@ class _Apart(Exception):
 def _pack(graph: ir.Graph, node: ir.Node, tables: _Tables) -> None:
     if node.attributes.get_string("k_quant_type", "NONE") != "NONE":
         raise _Apart("keys and values in codes are measured apart, as the attention reads them")
-    given = list(node.inputs[:3])
-    rotations = [made_by(value, "RotaryEmbedding") for value in given[:2]]
-    rotation = _Rotation.of(*rotations) if rotations != [None, None] else None
-    if rotation is not None:
-        given[:2] = [r.inputs[0] for r in rotations if r is not None]
-    sources = [_source(value) for value in given]
+    (first, q), (second, k) = (_unrotated(value) for value in node.inputs[:2])
+    rotation = _Rotation.of(first, second) if first is not None or second is not None else None
+    sources = [_source(value) for value in (q, k, node.inputs[2])]
     whole = _split_of(sources)
     products = _products(sources) if whole is None else []
     table = tables.of(rotation, node) if rotation is not None else None  # the last that may refuse
@@ -129,10 +128,8 @@ class _Rotation:
     def of(cls, first: ir.Node | None, second: ir.Node | None) -> _Rotation:
         if first is None or second is None:
             raise _Apart("only one of its queries and keys is rotated")
-        for node in (first, second):
-            flat = len(dims_of(node.inputs[0]) or ()) == 3
-            if not flat or len(node.inputs) != 3 or not sole_use(node.outputs[0]):
-                raise _Apart("its rotation has another form")
+        if any(len(node.inputs) != 3 or not sole_use(node.outputs[0]) for node in (first, second)):
+            raise _Apart("its rotation has another form")
         kinds = [node.attributes.get_int("interleaved", 0) for node in (first, second)]
         (cos, sin), others = first.inputs[1:], second.inputs[1:]
         if kinds[0] != kinds[1] or not (same(cos, others[0]) and same(sin, others[1])):
@@ -141,14 +138,74 @@ class _Rotation:
         return cls(cos, sin, kinds[0])
 
 
+def _unrotated(value: ir.Value | None) -> tuple[ir.Node | None, ir.Value | None]:
+    """What rotates `value` [batch, sequence, heads · D], and what it is without.
+
+    Of each head all channels are rotated, or the first of them (Phi)::
+
+        Reshape(Transpose(Concat(RotaryEmbedding(Slice(h)), Slice(h)))), h = Transpose(Reshape(x))
+    """
+    node = made_by(value, "RotaryEmbedding")
+    if node is not None:
+        return (node, node.inputs[0]) if len(dims_of(node.inputs[0]) or ()) == 3 else (None, value)
+    found: ir.Value | None = value
+    for op_type in ("Reshape", "Transpose", "Concat"):
+        node = made_by(found, op_type)
+        if node is None or not sole_use(found) or (op_type == "Transpose" and not _turns(node)):
+            return None, value
+        found = node.inputs[0]
+    assert node is not None
+    rotation = made_by(found, "RotaryEmbedding")
+    if (
+        rotation is None
+        or len(node.inputs) != 2
+        or node.attributes.get_int("axis", 0) not in (3, -1)
+    ):
+        return None, value
+    parts = [made_by(part, "Slice") for part in (rotation.inputs[0], node.inputs[1])]
+    heads = parts[0].inputs[0] if parts[0] is not None else None
+    turned = made_by(heads, "Transpose")
+    if turned is None or not _turns(turned) or _cuts(parts) != [heads, heads]:
+        return None, value
+    return rotation, turned.inputs[0]
+
+
+def _turns(transpose: ir.Node) -> bool:
+    """Whether it moves the heads in front of the tokens, or back."""
+    return list(transpose.attributes.get_ints("perm", ())) == [0, 2, 1, 3]
+
+
+def _cuts(parts: Sequence[ir.Node | None]) -> list[ir.Value | None]:
+    """What two slices along the last axis are of, if the second begins where the first ends."""
+    ends = [0]
+    for part in parts:
+        if part is None:
+            return []
+        bounds = [ints(part, name, at) for at, name in enumerate(("starts", "ends", "axes"), 1)]
+        steps = ints(part, "steps", 4) if len(part.inputs) > 4 else [1]
+        if (
+            bounds[0] != [ends[-1]]
+            or bounds[1] is None
+            or bounds[2] not in ([3], [-1])
+            or steps != [1]
+        ):
+            return []
+        ends.append(bounds[1][0])
+    size = (dims_of(parts[0].inputs[0]) or [None])[-1] if parts[0] is not None else None
+    whole = isinstance(size, int) and 0 < ends[1] < size <= ends[2]
+    return [part.inputs[0] for part in parts if part is not None] if whole else []
+
+
 def _source(value: ir.Value | None) -> ir.Value:
-    """`value` before it was reshaped into heads and back."""
+    """`value` [batch, sequence, heads · D] before it was reshaped into heads, and back."""
     assert value is not None
-    dims, source = dims_of(value), value
-    while (reshape := made_by(source, "Reshape")) is not None and sole_use(source):
+    dims, source = dims_of(value) or [], value
+    heads = [n for n in dims[2:] if isinstance(n, int)]
+    flat = [*dims[:2], math.prod(heads)] if heads and len(heads) == len(dims) - 2 else None
+    while (reshape := made_by(source, "Reshape")) is not None:
         assert reshape.inputs[0] is not None
         source = reshape.inputs[0]
-        if dims is not None and None not in dims and dims_of(source) == dims:
+        if flat is not None and None not in flat and dims_of(source) == flat:
             value = source
     return value
 

@@ -51,13 +51,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": _GROUPED | {"sliding_window": 8},
     "qwen2": _GROUPED,
     "qwen3": _GROUPED | {"head_dim": 32},
-    "phi": _SIZES | {"intermediate_size": 96},
+    "phi": _SIZES | {"hidden_size": 128, "intermediate_size": 96},
     "gemma": _GROUPED | {"head_dim": 32},
     "gpt_neox": _SIZES | {"intermediate_size": 96},
     "bloom": _SIZES,
 }
 
 WORKING = [kind for kind in CONFIGS if kind != "bloom"]
+APART = ("qwen3", "gpt_neox")
+"""A norm of each head; queries, keys and values of a head side by side."""
 
 
 def save(kind: str, folder: Path, seed: int = 0) -> Any:
@@ -135,6 +137,13 @@ def test_greedy_tokens_are_those_of_transformers(
     assert [greedy(session, [prompt])[0] for prompt in PROMPTS] == model.expected
     # The shorter prompt is padded on the left.
     assert greedy(session, PROMPTS) == model.expected
+
+
+@pytest.mark.parametrize("kind", WORKING)
+def test_attention_takes_one_product(kind: str, cached: Callable[[str], Cached]) -> None:
+    graph = ir.load(cached(kind).folder / "model.onnx").graph
+    attentions = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    assert [node.inputs[1] is None for node in attentions] == [kind not in APART] * 2
 
 
 @pytest.mark.parametrize("kind", WORKING)

@@ -12,7 +12,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from qcompile.passes.packed_attention import GUARD, PackedAttention
 
 from tests.passes.rewriting import HEADER, assert_leaves, assert_rewrites, typed
-from tests.support import Feed, from_text, run_model
+from tests.support import Feed, from_text, ops, run_model
 
 RNG = np.random.default_rng(0)
 POSITIONS = 32
@@ -156,6 +156,52 @@ def test_parts_of_one_product() -> None:
         heads=np.array([0, 0, 2, 16]),
         flat=np.array([0, 0, 32]),
     )
+
+
+PART = """{0}_h = Reshape ({0}, {0}4) {0}_t = Transpose <perm = [0, 2, 1, 3]> ({0}_h)
+    {0}_a = Slice ({0}_t, none, cut, three) {0}_b = Slice ({0}_t, {1}, end, three)
+    {0}_r = RotaryEmbedding ({0}_a, cos1, sin1) {0}_c = Concat <axis = -1> ({0}_r, {0}_b)
+    {0}_u = Transpose <perm = [0, 2, 1, 3]> ({0}_c) r{0} = Reshape ({0}_u, {0}3)"""
+
+
+def partly(rest: str = "cut") -> tuple[str, dict[str, Any]]:
+    """Heads of 32 channels, the first 16 of which are rotated, and the constants for it."""
+    numbers = {
+        "q4": [0, 0, 2, 32], "k4": [0, 0, 1, 32], "q3": [0, 0, 64], "k3": [0, 0, 32],
+        "none": [0], "cut": [16], "late": [17], "end": [2**62], "three": [3],
+    }  # fmt: skip
+    wide = {name: normal(24, n) / 5 for name, n in (("wq", 64), ("wk", 32), ("wv", 32))}
+    arrays = {name: np.array(value) for name, value in numbers.items()} | wide
+    arrays |= {name: ARRAYS[name] for name in ("embed", "c", "two")}
+    types = {np.dtype(np.float32): "float", np.dtype(np.int64): "int64"}
+    declared = [
+        f"{types[array.dtype]}[{','.join(map(str, array.shape))}] {name}"
+        for name, array in arrays.items()
+    ]
+    signature = SIGNATURE.format(f", {', '.join(declared)}").replace("16]", "32]")
+    signature = signature.replace("(float[B,S,32] y", "(float[B,S,64] y")
+    angles = TURNED[: TURNED.index("cos2")]
+    parts = " ".join(PART.format(name, rest) for name in "qk")
+    return f"{signature} {{ {EMBED} {PRODUCTS} {angles} {parts} {ATTENTION} }}", arrays
+
+
+def test_first_channels_of_each_head() -> None:
+    """Phi's."""
+    text, arrays = partly()
+    model = typed(from_text(HEADER + text, **arrays))
+    given = feed([[1] * 6] * 2, 6) | {name: normal(2, 1, 0, 32) for name in ("pk", "pv")}
+    wanted = run_model(model, given, optimise=False)
+    assert PackedAttention(POSITIONS)(model).modified
+    assert not {"RotaryEmbedding", "Reshape", "Transpose"}.intersection(ops(model))
+    for name, array in run_model(model, given, optimise=False).items():
+        np.testing.assert_array_equal(array, wanted[name])
+    assert not PackedAttention(POSITIONS)(model).modified
+
+
+def test_channels_that_are_left_out() -> None:
+    """Between those that are rotated and those that are not."""
+    text, arrays = partly(rest="late")
+    assert_leaves(PackedAttention(POSITIONS), text, **arrays)
 
 
 def called(model: ir.Model, whole: Feed, ends: list[int]) -> np.ndarray:
