@@ -21,10 +21,9 @@ import torch
 
 from qcompile.errors import ModelError
 from qcompile.linears import Linear, Site, find_sites
-from qcompile.passes.constants import constant
 from qcompile.planning import weight_of
 from qcompile.precision import QuantizedWeight
-from qcompile.sequence import Part, advance, parts_before
+from qcompile.sequence import Part, advance, parts_before, read_rounded
 from qcompile.spill import release
 from qcompile.straight_through import LearnedWeight
 from qcompile.torch_graph import (
@@ -128,9 +127,7 @@ def distill(
         found |= own
         for linear in layer.linears:
             if linear.name in own:
-                weight = own[linear.name].dequantized()
-                rounded = constant(model.graph, f"{linear.name}.rounded", weight)
-                linear.matmul.replace_input_with(1, rounded)
+                read_rounded(linear, own[linear.name])
         if len(found) == len(started):
             break
         advance(model, part, alive, work)
