@@ -13,7 +13,7 @@ import yaml
 
 from qcompile.edge.options import EdgeOptions
 from qcompile.errors import ConfigError
-from qcompile.methods import Method
+from qcompile.methods import OTHERWISE, PER_CHANNEL, Method
 
 Activations: TypeAlias = Literal["static", "dynamic", "token"]
 AdapterMode: TypeAlias = Literal["merge", "keep"]
@@ -56,7 +56,12 @@ class SiteRule(_Frozen):
         } != {None}:  # fmt: skip
             raise ValueError(f"{self.precision} takes no other field")
         if self.method is not None and self.precision is not None and not self.in_blocks:
-            raise ValueError(f"{self.precision} has no methods")
+            if self.precision not in ("w8a8", "llm-int8", "split"):
+                raise ValueError(f"{self.precision} has no methods")
+            if self.method not in PER_CHANNEL:
+                raise ValueError(
+                    f"{self.precision} has no method {self.method}: {OTHERWISE[self.method]}"
+                )
         return self
 
     @classmethod
@@ -162,8 +167,9 @@ class CompileConfig(_Frozen):
             machine is used as it is.
         plan_in: a plan to replay instead of choosing; `plan_out`: where to write the plan.
         ranges: how a static range is drawn from the calibration histogram.
-        method: how weights whose activation stays in float are rounded; a scheme's name may say it
-            too, after a colon.
+        method: how weights are rounded; a scheme's name may say it too, after a colon. None: to
+            nearest where they are in blocks; where activations have codes too, in searched ranges,
+            errors made up for within blocks of channels.
         block_size: of their input channels that share a scale; None: 32.
         symmetric: whether their blocks have no zero points; None: as the method has it.
         outlier_threshold: a channel whose magnitude reaches it in calibration stays in float where
@@ -208,7 +214,7 @@ class CompileConfig(_Frozen):
     plan_in: Path | None = None
     plan_out: Path | None = None
     ranges: RangeMethod = "minmax"
-    method: Method = "rtn"
+    method: Method | None = None
     block_size: Literal[32, 64, 128] | None = None
     symmetric: bool | None = None
     outlier_threshold: Annotated[float, pydantic.Field(gt=0)] | None = None

@@ -15,7 +15,7 @@ from qcompile.costs import open_costs
 from qcompile.edge.options import EdgeOptions
 from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.planfile import PlanFile
-from qcompile.schemes import Scheme
+from qcompile.schemes import Scheme, check_method
 from qcompile.targets import Target
 from qcompile.traced import LOGITS, POSITIONS, TracedModel
 from qcompile.verify import Verification
@@ -93,13 +93,16 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         raise ConfigError(f"scheme {scheme.name} {what}, so bias_correction has no effect")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
-    if scheme.method is not None and config.method not in ("rtn", scheme.method):
+    if scheme.method is not None and config.method not in (None, scheme.method):
         raise ConfigError(f"scheme {scheme.name} and method {config.method} contradict each other")
     in_blocks = scheme.in_blocks or any(rule.in_blocks for _, rule in config.recipe.rules)
+    if config.method is not None and not in_blocks:
+        check_method(scheme, config.method)
     for field in ("method", "block_size", "symmetric"):
         asked = getattr(config, field) != CompileConfig.model_fields[field].default
         sized = field == "block_size" and bool(scheme.labels) and not scheme.keeps
-        if asked and not (in_blocks or sized or (field == "symmetric" and scheme.modes)):
+        also = (field == "symmetric" and scheme.modes) or (field == "method" and scheme.methods)
+        if asked and not (in_blocks or sized or also):
             why = "rounds nothing" if scheme.keeps else "has no weights in blocks"
             raise ConfigError(f"scheme {scheme.name} {why}, so {field} has no effect")
     if scheme.quantizes and not scheme.modes and not config.recipe.codes:
@@ -273,7 +276,7 @@ def check_edge(target: Target, config: CompileConfig) -> None:
         return
     for field in (
         *("activations", "objective", "max_kl", "min_speedup", "costs", "plan_in"),
-        *("plan_out", "shapes", "cache", "last_logits", "block_size", "symmetric", "method"),
+        *("plan_out", "shapes", "cache", "last_logits", "block_size", "symmetric"),
     ):
         given, default = getattr(config, field), CompileConfig.model_fields[field].default
         if given != default and (field, given) not in _EDGE_TAKES:

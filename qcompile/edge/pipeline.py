@@ -16,6 +16,7 @@ from qcompile.edge.plan import EdgePlan
 from qcompile.edge.planning import plan_edge, require_any
 from qcompile.edge.profiles import Profile, get_profile
 from qcompile.edge.reporting import make_edge_report, measure_units
+from qcompile.edge.rounding import round_linears
 from qcompile.edge.settings import choose_settings
 from qcompile.edge.sizing import choose_narrow
 from qcompile.edge.smoothing import smooth_linears
@@ -24,6 +25,7 @@ from qcompile.edge.units import find_units, inner_ops, keep_float, name_units
 from qcompile.edge.verifying import verify_edge
 from qcompile.equalization import EqualizationPlan
 from qcompile.errors import VerificationError
+from qcompile.methods import SEQUENTIAL
 from qcompile.ort_format import write_ort
 from qcompile.passes.decompose import Decompose
 from qcompile.passes.equalize import Equalize
@@ -96,12 +98,16 @@ def compile_edge(
             units = find_units(graph.graph, profile)
             kept = keep_float(units, config.recipe)
             seen = observe_tensors(graph, units, data.calibration, work, progress=step)
-        with phases.phase("quantize"):
+        with phases.phase("quantize") as step:
             plan = plan_edge(units, seen, profile, settings, kept)
             require_any(plan)
             narrow = choose_narrow(graph, plan, units, seen, profile, config)
-            if narrow:
+            codes = {}
+            if settings.method in SEQUENTIAL:
                 plan = plan_edge(units, seen, profile, settings, kept, narrow)
+                codes = round_linears(graph, plan, data.calibration, work, settings, progress=step)
+            if narrow or codes:
+                plan = plan_edge(units, seen, profile, settings, kept, narrow, codes)
         if profile.activations and config.bias_correction is not False:
             with phases.phase("correct") as step:
                 correction = correction_of(graph, plan, data.calibration, work, progress=step)
