@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import pydantic
 import yaml
@@ -340,9 +340,22 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2].lower()])
 
 
+_PROBLEMS: Final = {
+    "greater_than_equal": "{value} is below {ge}",
+    "greater_than": "{value} is not above {gt}",
+    "less_than_equal": "{value} is above {le}",
+    "literal_error": "{value!r} is not {expected}",
+    "extra_forbidden": "there is no such option",
+}
+"""What pydantic says at length, by its type of error."""
+
+
 def first_problem(error: pydantic.ValidationError) -> str:
     """The first problem of a pydantic report as one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
+    form = _PROBLEMS.get(first["type"])
     message = first["msg"].removeprefix("Value error, ")
+    if form is not None:
+        message = form.format(value=first["input"], **first.get("ctx", {}))
     return f"{where}: {message}" if where else message
