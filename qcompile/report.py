@@ -239,6 +239,8 @@ class Report(_Model):
     calibration: str
     samples: int
     held_back: int
+    seen: bool = False
+    """Whether what accuracy was measured on calibrated, too: there was a single sample."""
     warnings: list[str] = []
     refusals: list[str] = []
     bytes_float: int = 0

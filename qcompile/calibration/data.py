@@ -30,13 +30,13 @@ class CalibrationData:
 
     Attributes:
         calibration: what ranges are taken from.
-        held_back: what verification measures on; calibration never saw it, unless `warnings` says
-            that there was a single sample.
+        held_back: what verification measures on; calibration never saw it, unless `seen`.
         origin: where the data came from, for the report.
         warnings: sentences for the user.
         samples: how many samples `calibration` holds.
         estimated: what damage is estimated on, seen by neither: static ranges clip on new data.
             The same as `calibration` where there is too little data.
+        seen: whether there was a single sample, which calibrates and is measured on.
     """
 
     calibration: tuple[Batch, ...]
@@ -45,6 +45,7 @@ class CalibrationData:
     warnings: tuple[str, ...]
     samples: int
     estimated: tuple[Batch, ...]
+    seen: bool = False
 
 
 def load_calibration(
@@ -133,6 +134,7 @@ def assemble(
         warnings=tuple(notes),
         samples=got,
         estimated=batches(estimated or calibration),
+        seen=len(samples) == 1,
     )
 
 

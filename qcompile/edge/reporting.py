@@ -62,6 +62,7 @@ def make_edge_report(
         calibration=data.origin,
         samples=data.samples,
         held_back=sum(len(next(iter(batch.values()))) for batch in data.held_back),
+        seen=data.seen,
         warnings=warnings + findings.problems,
         refusals=[
             f"{entry.site}: {entry.reason}"
