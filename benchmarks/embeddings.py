@@ -52,7 +52,7 @@ def main() -> None:
                 scheme=scheme,
                 calibration=feeds_of(tokenizer, documents(arguments.calibration)[:80]),
                 config=qcompile.CompileConfig(
-                    objective="scheme",
+                    objective="latency" if arguments.max_size else "scheme",
                     activations=arguments.activations,
                     opset=arguments.opset,
                     max_size=arguments.max_size if quantized else None,
