@@ -16,6 +16,7 @@ from qcompile.edge.options import EdgeOptions
 from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.planfile import PlanFile
 from qcompile.schemes import Scheme, check_method
+from qcompile.shapes import check_lengths
 from qcompile.targets import Target
 from qcompile.traced import LOGITS, POSITIONS, TracedModel
 from qcompile.verify import Verification
@@ -147,7 +148,8 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
 
 
 def check_seq_len(source: object, calibration: object, config: CompileConfig) -> None:
-    """Refuse samples of more tokens than the model has positions, before it is traced for minutes.
+    """Refuse samples and shapes of more tokens than the model has positions, before it is traced
+    for minutes.
 
     What cannot be told from the ``config.json`` of a folder is told later.
 
@@ -158,7 +160,7 @@ def check_seq_len(source: object, calibration: object, config: CompileConfig) ->
         isinstance(calibration, str | Path) and Path(calibration).suffix in (".txt", ".jsonl")
     )
     path = Path(source) / "config.json" if isinstance(source, str | Path) else None
-    if arrays or config.edge.shapes or path is None or not path.is_file():
+    if path is None or not path.is_file():
         return
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -166,7 +168,9 @@ def check_seq_len(source: object, calibration: object, config: CompileConfig) ->
         return  # said by what reads it
     found = [settings.get(n) for n in POSITIONS] if isinstance(settings, dict) else []
     positions = next((n for n in found if isinstance(n, int) and n > 0), None)
-    check_positions(config.seq_len, positions, path.parent.name)
+    check_lengths(config.shapes, positions)
+    if not arrays and not config.edge.shapes:
+        check_positions(config.seq_len, positions, path.parent.name)
 
 
 def _check_outliers(scheme: Scheme, config: CompileConfig) -> None:
