@@ -28,7 +28,8 @@ class FuseAttention(ir.passes.InPlacePass):
 
     1. ``MatMul(Softmax(MatMul(Q, Kᵀ) · c + mask), V)`` -> ``Attention(Q, K, V, mask, scale=c)``.
        c is the product of all constant scalars by which Q, Kᵀ or the scores are multiplied or
-       divided. The mask may be absent. Kᵀ is a Transpose of the last two axes, or one that also
+       divided. Scores that are capped before the mask, ``Tanh(scores / cap) · cap``, make the op's
+       ``softcap``. The mask may be absent. Kᵀ is a Transpose of the last two axes, or one that also
        brings [batch, sequence, heads, channels] into order. After the Softmax, Identity, Dropout
        and ``Where(IsNaN(p), 0, p)`` are passed over.
     2. With that Where, a mask ``Where(keep, 0, -inf)`` -> the boolean mask `keep`: the op gives
@@ -71,13 +72,13 @@ def _fuse(
         found = _unscaled(scaled)
         if found is None:
             continue
-        product, scale = found
+        product, scale, cap = found
         q, k_transposed = product.inputs[0], product.inputs[1]
         if q is None or k_transposed is None:
             continue
         q, q_scale = _strip_scale(q)
         k, k_scale, perm = _untransposed(k_transposed)
-        scale *= q_scale * k_scale
+        scale *= q_scale * k_scale * (cap or 1.0)
         if k is None or not math.isfinite(scale) or scale <= 0.0:
             continue
         if mask is not None and _rank(mask) not in (1, 2, 3, 4):
@@ -85,7 +86,8 @@ def _fuse(
         k_dims = dims_of(k)
         if k_dims is None or not _shapes_fit(dims_of(q), k_dims, perm, dims_of(v), dims_of(mask)):
             continue
-        _put(graph, node, q, k, v, mask, scale, perm, guarded, expanded)
+        attributes = {"scale": scale, "is_causal": 0} | ({"softcap": cap} if cap else {})
+        _put(graph, node, q, k, v, mask, attributes, perm, guarded, expanded)
         return True
     return False
 
@@ -119,10 +121,17 @@ def _unmasked(scores: ir.Value) -> list[tuple[ir.Value, ir.Value | None]]:
     return [(product, mask) for product, mask in operands(add) if sole_use(product)]
 
 
-def _unscaled(scores: ir.Value) -> tuple[ir.Node, float] | None:
+def _unscaled(scores: ir.Value) -> tuple[ir.Node, float, float | None] | None:
+    """The product in `scores`, its factor, and the cap that a Tanh puts on them: cap · tanh(·)."""
     value, scale = _strip_scale(scores)
+    cap, tanh = None, made_by(value, "Tanh")
+    if tanh is not None and tanh.inputs[0] is not None:
+        if not sole_use(value) or not math.isfinite(scale) or scale <= 0.0:
+            return None
+        cap = scale
+        value, scale = _strip_scale(tanh.inputs[0])
     product = made_by(value, "MatMul")
-    return (product, scale) if product is not None and sole_use(value) else None
+    return (product, scale, cap) if product is not None and sole_use(value) else None
 
 
 def _strip_scale(value: ir.Value) -> tuple[ir.Value, float]:
@@ -193,7 +202,7 @@ def _put(
     k: ir.Value,
     v: ir.Value,
     mask: ir.Value | None,
-    scale: float,
+    attributes: dict[str, int | float],
     perm: tuple[int, ...],
     guarded: bool,
     expanded: dict[tuple[ir.Value, object, object], ir.Value],
@@ -208,7 +217,7 @@ def _put(
     if mask is not None:
         mask = _boolean(mask) if guarded else mask
         inputs.append(_full_size(graph, node, mask, q, k, nodes, expanded))
-    attention = build("Attention", inputs, {"scale": scale, "is_causal": 0}, node)
+    attention = build("Attention", inputs, attributes, node)
     put_for(graph, node.outputs[0], [*nodes, attention], attention.outputs[0])
     q_dims, v_dims = dims_of(q) or [], dims_of(v) or []
     attention.outputs[0].shape = ir.Shape([*q_dims[:3], v_dims[3]])

@@ -143,9 +143,6 @@ def _sized(node: ir.Node, meaning: MaskMeaning) -> _Attention | None:
         return None
     if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
         return None
-    softcap = node.attributes.get("softcap")
-    if softcap is not None and softcap.as_float():
-        return None
     sizes = [
         _heads(node, v, f"{x}_num_heads")
         for v, x in zip(node.inputs, ("q", "kv", "kv"), strict=False)
@@ -225,6 +222,8 @@ def _put(
         "kv_num_heads": attention.groups,
         "scale": _scale(node, size),
     }
+    if cap := node.attributes.get_float("softcap", 0.0):
+        attributes["softcap"] = cap
     if attention.meaning.window is not None:
         attributes["local_window_size"] = attention.meaning.window
     inputs = [q, k, v, *past, shared.last, shared.total, None, None, None, shared.bias]

@@ -191,7 +191,7 @@ class CompileConfig(_Frozen):
         cache: a causal language model keeps its keys and values, so that it generates; without,
             its graph gives the logits of every position at once. None: as the scheme has it.
         last_logits: with a cache, the graph gives the logits of each row's last token only.
-        adapter: folder of a PEFT adapter (LoRA) for a Transformers model.
+        adapter: folder or hub id of a PEFT adapter (LoRA) for a Transformers model.
         adapter_mode: ``merge`` it into the weights before they are quantised, or ``keep`` it beside
             them in float.
         strict: a verification that does not hold is an error, not only a line in the report.

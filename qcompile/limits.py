@@ -14,6 +14,7 @@ from qcompile.config import CompileConfig
 from qcompile.costs import open_costs
 from qcompile.edge.options import EdgeOptions
 from qcompile.errors import ConfigError, ModelError, check_reachable
+from qcompile.hub import model_folder
 from qcompile.planfile import PlanFile
 from qcompile.schemes import Scheme, check_method
 from qcompile.shapes import check_lengths
@@ -151,16 +152,19 @@ def check_seq_len(source: object, calibration: object, config: CompileConfig) ->
     """Refuse samples and shapes of more tokens than the model has positions, before it is traced
     for minutes.
 
-    What cannot be told from the ``config.json`` of a folder is told later.
+    What cannot be told from a model's ``config.json`` is told later.
 
     Raises:
         ConfigError: they are longer.
+        ModelError: a hub id whose configuration cannot be had.
     """
     arrays = calibration is not None and not (
         isinstance(calibration, str | Path) and Path(calibration).suffix in (".txt", ".jsonl")
     )
-    path = Path(source) / "config.json" if isinstance(source, str | Path) else None
-    if path is None or not path.is_file():
+    if not isinstance(source, str | Path):
+        return
+    path = model_folder(str(source)) / "config.json"
+    if not path.is_file():
         return
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -170,7 +174,7 @@ def check_seq_len(source: object, calibration: object, config: CompileConfig) ->
     positions = next((n for n in found if isinstance(n, int) and n > 0), None)
     check_lengths(config.shapes, positions)
     if not arrays and not config.edge.shapes:
-        check_positions(config.seq_len, positions, path.parent.name)
+        check_positions(config.seq_len, positions, Path(source).name)
 
 
 def _check_outliers(scheme: Scheme, config: CompileConfig) -> None:

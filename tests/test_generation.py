@@ -52,6 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": _GROUPED | {"head_dim": 32},
     "phi": _SIZES | {"intermediate_size": 96},
     "gemma": _GROUPED | {"head_dim": 32},
+    "gemma2": _GROUPED | {"head_dim": 32, "sliding_window": 8, "attn_logit_softcapping": 2.0},
     "gpt_neox": _SIZES | {"intermediate_size": 96},
     "bloom": _SIZES,
 }

@@ -41,6 +41,13 @@ CASES: dict[str, tuple[str, Feed]] = {
             "m": np.where(MASK, np.float32(0.5), np.float32(-np.inf)).repeat(2, axis=0),
         },
     ),
+    "capped scores under a mask": (
+        """g (float[2,5,16] q, float[2,5,16] k, float[2,5,16] v, bool[1,1,5,5] m)
+           => (float[2,5,16] y) {
+             y = Attention <q_num_heads=2, kv_num_heads=2, scale=1.5, softcap=0.5>
+               (q, k, v, m) }""",
+        {"q": normal(2, 5, 16), "k": normal(2, 5, 16), "v": normal(2, 5, 16), "m": MASK},
+    ),
     "rotation of heads, by position": (
         """g (float[2,5,24] x, float[9,4] c, float[9,4] s, int64[2,5] p) => (float[2,5,24] y) {
              y = RotaryEmbedding <num_heads=3> (x, c, s, p) }""",
@@ -124,10 +131,10 @@ def test_what_hides_a_score_is_finite() -> None:
 
 
 def test_a_form_that_is_not_known_is_refused() -> None:
-    text = """g (float[2,5,16] q, float[2,5,16] k, float[2,5,16] v) => (float[2,5,16] y) {
-                y = Attention <q_num_heads=2, kv_num_heads=2, softcap=5.0> (q, k, v) }"""
+    text = """g (float[2,2,5,8] q, float[2,2,5,8] k, float[2,2,5,8] v, float[2,2,3,8] a,
+                 float[2,2,3,8] b) => (float[2,2,5,8] y) { y = Attention (q, k, v, , a, b) }"""
     model = typed(from_text(HEADER + text))
-    with pytest.raises(ModelError, match="softcap"):
+    with pytest.raises(ModelError, match="with a cache"):
         Decompose(23)(model)
     assert isinstance(model, ir.Model)
 

@@ -62,6 +62,22 @@ def test_fuses_with_mask(body: str) -> None:
     assert_rewrites(FuseAttention(), before, after, FEED, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Mul (s, c) n = Div (a, two) t = Tanh (n) r = Mul (t, two)",
+        "a = Mul (s, c) n = Mul (a, half) t = Tanh (n) r = Mul (two, t)",
+    ],
+)
+def test_scores_that_are_capped_before_the_mask(body: str) -> None:
+    before = f"""{MASKED} <float c = {{0.25}}, float half = {{0.5}}, float two = {{2.0}}> {{
+      {KT} s = MatMul (q, kt) {body} b = Add (r, mask) w = Softmax <axis = -1> (b)
+      y = MatMul (w, v) }}"""
+    after = f"""{MASKED} {{
+      y = Attention <scale = 0.25, is_causal = 0, softcap = 2.0> (q, k, v, mask) }}"""
+    assert_rewrites(FuseAttention(), before, after, FEED, atol=1e-6)
+
+
 def test_fuses_without_mask_through_dropout() -> None:
     before = f"""{PLAIN} {CONSTANTS} {{ {KT} s = MatMul (q, kt) a = Mul (s, c)
       w = Softmax <axis = 3> (a) d = Dropout (w) i = Identity (d) y = MatMul (i, v) }}"""
