@@ -20,9 +20,9 @@ from qcompile.terminating import Terminated
 from tests.cli_runner import Outcome, RunCli
 
 KEYS = {
-    "path", "model", "task", "target", "scheme", "calibration", "samples", "held_back", "warnings",
-    "refusals", "bytes_float", "bytes", "accuracy", "decoded", "cache", "speed", "floats",
-    "seconds", "ops_by_precision",
+    "path", "model", "task", "target", "scheme", "calibration", "samples", "held_back", "seen",
+    "warnings", "refusals", "bytes_float", "bytes", "accuracy", "decoded", "cache", "speed",
+    "floats", "seconds", "ops_by_precision",
 }  # fmt: skip
 
 
