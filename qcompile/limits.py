@@ -15,6 +15,7 @@ from qcompile.costs import open_costs
 from qcompile.edge.options import EdgeOptions
 from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.hub import model_folder
+from qcompile.methods import PER_CHANNEL
 from qcompile.planfile import PlanFile
 from qcompile.schemes import Scheme, check_method
 from qcompile.shapes import check_lengths
@@ -289,8 +290,11 @@ def check_edge(target: Target, config: CompileConfig) -> None:
         given, default = getattr(config, field), CompileConfig.model_fields[field].default
         if given != default and (field, given) not in _EDGE_TAKES:
             raise ConfigError(f"{field} has no effect on target {target.name}")
-    rule = next((rule for _, rule in config.recipe.rules if rule.precision != "float"), None)
-    if rule is not None:
-        raise ConfigError(
-            f"a recipe for target {target.name} says only which modules stay in float"
-        )
+    for _, rule in config.recipe.rules:
+        said = rule.model_dump(exclude_none=True)
+        rounds = said.pop("method", None) in PER_CHANNEL and said in ({}, {"precision": "w8a8"})
+        if not rounds and said != {"precision": "float"}:
+            raise ConfigError(
+                f"a recipe for target {target.name} says only which modules stay in float, and by "
+                "which method others are rounded: w8a8:gptq"
+            )

@@ -258,6 +258,32 @@ def test_what_gptq_is_not_for_is_recorded(tmp_path: Path) -> None:
     assert reasons["Gemm"] == "profile generic"
 
 
+def test_one_weight_of_an_edge_model_by_a_method(tmp_path: Path) -> None:
+    recipe = Recipe.from_mapping({"node_8": "w8a8:gptq", "node_2": {"method": "rtn"}})
+    options: dict[str, Any] = {"bias_correction": False, "smooth": "off"}
+    found = {}
+    for name, rules in (("plain", Recipe()), ("own", recipe)):
+        (tmp_path / name).mkdir()
+        edge(tmp_path / name, "w8a8", transformer(), sentences(), recipe=rules, **options)
+        model = ir.load(tmp_path / name / "w8a8" / "model.onnx")
+        found[name] = {
+            str(value.name): value.const_value.tobytes()
+            for value in model.graph.initializers.values()
+            if value.const_value is not None and value.const_value.size >= 256
+        }
+    plain, own = found["plain"], found["own"]
+    assert plain.keys() == own.keys()
+    changed = {name for name in plain if plain[name] != own[name]}
+    assert "node_8.u.int8" in changed and changed <= {"node_8.u.int8", "node_2.q.int8"}
+
+
+@pytest.mark.parametrize("rule", ["w8a8", "w4a16:gptq", "llm-int8:gptq"])
+def test_what_else_a_recipe_says_is_refused_on_edge(rule: str, tmp_path: Path) -> None:
+    recipe = Recipe.from_mapping({"node_8": rule})
+    with pytest.raises(ConfigError, match="says only which modules stay in float, and by which"):
+        edge(tmp_path, "w8a8", transformer(), sentences(), recipe=recipe)
+
+
 @pytest.mark.parametrize("target", ["onnx-edge:vitisai", "onnx-edge:xnnpack", "onnx-edge:qnn"])
 def test_a_profile_without_scales_per_channel_of_linears_refuses(
     target: str, tmp_path: Path

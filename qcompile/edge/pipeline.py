@@ -25,7 +25,6 @@ from qcompile.edge.units import find_units, inner_ops, keep_float, name_units
 from qcompile.edge.verifying import verify_edge
 from qcompile.equalization import EqualizationPlan
 from qcompile.errors import VerificationError
-from qcompile.methods import SEQUENTIAL
 from qcompile.ort_format import write_ort
 from qcompile.passes.decompose import Decompose
 from qcompile.passes.equalize import Equalize
@@ -103,7 +102,7 @@ def compile_edge(
             require_any(plan)
             narrow = choose_narrow(graph, plan, units, seen, profile, config)
             codes = {}
-            if settings.method in SEQUENTIAL:
+            if settings.in_sequence:
                 plan = plan_edge(units, seen, profile, settings, kept, narrow)
                 codes = round_linears(graph, plan, data.calibration, work, settings, progress=step)
             if narrow or codes:

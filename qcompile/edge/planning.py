@@ -136,10 +136,11 @@ def _reason(
 ) -> str:
     """Why `unit` has codes, and by what its weight was rounded where that is not as asked."""
     weighted = unit.op in WEIGHTED and any(each.role == "weight" for each in unit.operands)
-    if settings.method not in SEQUENTIAL or unit.name in codes or not weighted:
+    method = settings.method_of(unit.name)
+    if method not in SEQUENTIAL or unit.name in codes or not weighted:
         return f"profile {profile.name}"
     return (
-        f"profile {profile.name}; weights by mse, for {settings.method} is for Linears with a "
+        f"profile {profile.name}; weights by mse, for {method} is for Linears with a "
         "scale per output channel"
     )
 
@@ -347,7 +348,12 @@ def _plan_weight(
     code = "int4" if narrow else code
     weight = _array(operand)
     return quantize_constant(
-        operand, weight, code, axis, power_of_two=profile.power_of_two, method=settings.method
+        operand,
+        weight,
+        code,
+        axis,
+        power_of_two=profile.power_of_two,
+        method=settings.method_of(unit.name),
     )
 
 

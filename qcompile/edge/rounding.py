@@ -14,6 +14,7 @@ from qcompile.channel_rounding import quantize_channels
 from qcompile.edge.plan import BITS, EdgePlan
 from qcompile.edge.settings import Settings
 from qcompile.linears import Linear, Site
+from qcompile.methods import SEQUENTIAL
 from qcompile.precision import QuantizedWeight
 from qcompile.sequence import round_in_sequence
 from qcompile.traced import Batch
@@ -31,31 +32,34 @@ def round_linears(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, QuantizedWeight]:
-    """Codes by `settings.method`, by name of the unit, where there is a scale per output channel.
+    """Codes, by name of the unit, where there is a scale per output channel.
 
     Args:
         graph: in float, as it was planned for.
         plan: says which weights have codes, and of how many bits.
         batches: calibration feeds.
         work: the folder that holds the graph's external weights.
-        settings: its method is ``gptq`` or ``adaround``.
+        settings: the methods; those of ``gptq`` and ``adaround`` are rounded here.
         progress: called with (sites done, sites in all).
 
     Raises:
         CalibrationError: an activation is NaN or infinite on this data.
     """
-    method = settings.method
-    assert method == "gptq" or method == "adaround"
     bits = {
         each.node: BITS[each.code]
         for each in plan.constants
-        if each.role == "weight" and each.axis == 1 and each.codes.ndim == 2
+        if each.role == "weight"
+        and each.axis == 1
+        and each.codes.ndim == 2
+        and settings.method_of(each.node) in SEQUENTIAL
     }
     names = frozenset(bits) & {
         linear.name for site in _sites(graph.graph) for linear in site.linears
     }
 
     def round_(linear: Linear, gram: Array) -> QuantizedWeight:
+        method = settings.method_of(linear.name)
+        assert method == "gptq" or method == "adaround"
         tensor = linear.weight.const_value
         assert tensor is not None
         return quantize_channels(tensor.numpy(), gram, method, bits=bits[linear.name])

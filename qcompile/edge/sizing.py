@@ -18,7 +18,6 @@ from qcompile.edge.plan import SINCE, ConstantQuant, EdgePlan
 from qcompile.edge.profiles import Profile
 from qcompile.edge.units import WEIGHTED, Unit
 from qcompile.errors import ConfigError
-from qcompile.methods import Method
 from qcompile.passes.quantize_tensors import QuantizeTensors
 
 Array = npt.NDArray[Any]
@@ -74,7 +73,7 @@ def choose_narrow(
         why = f"profile {profile.name} has no 4-bit weights"
     elif config.opset < SINCE["int4"]:
         why = f"4-bit weights need opset {SINCE['int4']}"
-    found = [] if why else _narrowings(plan, units, stats, config.method)
+    found = [] if why else _narrowings(plan, units, stats, config)
     most = sum(each.saved for each in found)
     if most < need:
         raise ConfigError(
@@ -101,7 +100,7 @@ def weight_bytes(graph: ir.Model, plan: EdgePlan) -> int:
 
 
 def _narrowings(
-    plan: EdgePlan, units: Sequence[Unit], stats: Mapping[str, Stats], method: Method | None
+    plan: EdgePlan, units: Sequence[Unit], stats: Mapping[str, Stats], config: CompileConfig
 ) -> list[Narrowing]:
     weights = {c.node: c for c in plan.constants if c.role == "weight"}
     found = []
@@ -113,6 +112,7 @@ def _narrowings(
         tensor = operand.value.const_value
         assert tensor is not None
         exact = tensor.numpy()
+        method = config.recipe.rule_for(unit.name).method or config.method
         narrow = quantize_constant(operand, exact, "int4", wide.axis, method=method)
         noise = _error(exact, narrow) - _error(exact, wide)
         power = _moment(stats[str(unit.inputs[0].name)])
