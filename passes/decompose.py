@@ -26,7 +26,7 @@ SINCE: Final[Mapping[str, int]] = {
 
 
 class Decompose(ir.passes.InPlacePass):
-    """Replace, for an opset, the ops that it lacks.
+    """Replace, for an opset, the ops that it lacks, in bodies of If, Loop and Scan too.
 
     1. ``Attention`` -> ``MatMul, [Mul], [Tanh, Mul], [Where or Add], Softmax, MatMul`` on heads
        that Reshape and Transpose set apart; hidden scores are −65504, so that no value is infinite;
@@ -49,9 +49,11 @@ class Decompose(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
-        for node in list(model.graph):
+        for node in list(model.graph.all_nodes()):
             rule = _RULES.get(node.op_type) if is_op(node, *_RULES) else None
-            if rule is not None and self.opset < SINCE[node.op_type]:
+            # Nothing in a body is quantised, so that what the opset has stays.
+            most = SINCE["RMSNormalization"] if node.graph is not model.graph else math.inf
+            if rule is not None and self.opset < min(SINCE[node.op_type], most):
                 _replace(model.graph, node, rule)
                 modified = True
         if modified:
@@ -92,10 +94,12 @@ def _replace(graph: ir.Graph, node: ir.Node, rule: Callable[[_Builder, ir.Node],
         if node.op_type != "Attention":
             made.metadata_props[PART_OF_KEY] = node.op_type
     like(new, old)
-    graph.insert_before(node, list(build.tape.nodes))
+    owner = node.graph
+    assert isinstance(owner, ir.Graph)
+    owner.insert_before(node, list(build.tape.nodes))
     name, was_output = old.name, old.is_graph_output()
     old.replace_all_uses_with(new, replace_graph_outputs=was_output)
-    graph.remove(node, safe=True)
+    owner.remove(node, safe=True)
     new.name = name
 
 

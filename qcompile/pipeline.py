@@ -330,7 +330,7 @@ def _apply(
         release(model.ir)
     with phases.phase("quantize") as step:
         codes = find_codes(
-            graph, chosen, stats, smoothing, config, data.calibration, work, step, kept
+            graph, chosen, stats, smoothing, config, target, data.calibration, work, step, kept
         )
         plan = plan_precision(
             find_sites(graph.graph), stats, smoothing, chosen, config, target, codes=codes,

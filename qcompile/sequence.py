@@ -42,6 +42,7 @@ def round_in_sequence(
     work: Path,
     round_: Round,
     progress: Callable[[int, int], None] | None = None,
+    find: Callable[[ir.Graph], list[Site]] = find_sites,
 ) -> dict[str, QuantizedWeight]:
     """Codes of the Linears `names`, each found on inputs that the rounded ones before it make.
 
@@ -52,12 +53,13 @@ def round_in_sequence(
         work: the folder that holds the graph's external weights.
         round_: rounds one Linear.
         progress: called with (sites done, sites in all).
+        find: the Linears of a graph.
 
     Raises:
         CalibrationError: an activation is NaN or infinite on this data.
     """
     model = model.clone()
-    sites = [site for site in find_sites(model.graph) if names & {x.name for x in site.linears}]
+    sites = [site for site in find(model.graph) if names & {x.name for x in site.linears}]
     alive: list[Batch] = [dict(batch) for batch in batches]
     found: dict[str, QuantizedWeight] = {}
     for done, (site, part) in enumerate(_parts(model, sites)):

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from qcompile.targets.ort_cpu import OrtCpu
 
 from qcompile.codes import find_codes
 from qcompile.config import CompileConfig
@@ -99,7 +100,8 @@ def test_one_sample_is_refused_before_anything_is_rounded(tmp_path: Path) -> Non
     config = CompileConfig(method="lkd", block_size=32)
     with pytest.raises(CalibrationError, match="one sample is too little"):
         find_codes(
-            model, chosen, {}, SmoothingPlan(), config, [{"x": BATCHES[0]["x"][:1]}], tmp_path,
+            model, chosen, {}, SmoothingPlan(), config, OrtCpu(),
+            [{"x": BATCHES[0]["x"][:1]}], tmp_path,
             lambda done, total: pytest.fail("a site was rounded"),
         )  # fmt: skip
 
