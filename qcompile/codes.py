@@ -16,7 +16,7 @@ from qcompile.channel_rounding import quantize_channels
 from qcompile.clipping import clipped_range
 from qcompile.config import CompileConfig
 from qcompile.decomposition import kept_count
-from qcompile.distill import distill
+from qcompile.distill import distill, learnable
 from qcompile.gptq import importance_in_blocks, quantize_gptq
 from qcompile.hqq import quantize_hqq
 from qcompile.linears import Linear, find_sites
@@ -62,7 +62,8 @@ def find_codes(
         kept: channels that stay in float by op, of an earlier plan, in place of a search.
 
     Raises:
-        CalibrationError: an activation is NaN or infinite on the data.
+        CalibrationError: an activation is NaN or infinite on the data, or there is one sample to
+            distil layers on.
     """
     roundings = {name: rounding_of(name, c.precision, config) for name, c in chosen.items()}
     found: dict[str, QuantizedWeight] = {}
@@ -83,6 +84,8 @@ def find_codes(
     in_turn |= {name for name, choice in chosen.items() if in_sequence(name, choice, config)}
     if not in_turn:
         return found
+    distilled = frozenset(n for n, r in roundings.items() if r and r.method == "lkd")
+    learned_from = learnable(model.graph, batches) if distilled else batches
     site_of = {linear.name: site for site in sites for linear in site.linears}
 
     def round_(linear: Linear, gram: Array) -> QuantizedWeight:
@@ -115,9 +118,9 @@ def find_codes(
         )
 
     found |= round_in_sequence(model, in_turn, batches, work, round_, progress)
-    started = {n: found[n] for n, r in roundings.items() if r is not None and r.method == "lkd"}
-    if started:
-        found |= distill(model, started, batches, work, progress)
+    if distilled:
+        started = {name: found[name] for name in roundings if name in distilled}
+        found |= distill(model, started, learned_from, work, progress)
     return found
 
 

@@ -54,6 +54,7 @@ from qcompile.passes.outer_product import OuterProduct
 from qcompile.passes.permute_channels import PermuteChannels
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
+from qcompile.passes.unmerge_heads import UnmergeHeads
 from qcompile.passes.untie import Untie
 from qcompile.planfile import PLAN, PlanFile
 from qcompile.planning import float_plan, plan_precision
@@ -86,6 +87,7 @@ def canonicalize(kept: Collection[str] = ()) -> list[ir.passes.InPlacePass]:
         FuseLayerNorm(),
         FuseRmsNorm(),
         FuseGelu(),
+        UnmergeHeads(),
         FuseAttention(),
         AttentionTo3D(),
         CanonicalLinear(kept),

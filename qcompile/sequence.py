@@ -17,8 +17,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.errors import CalibrationError
-from qcompile.linears import Linear, Site, find_sites
-from qcompile.passes.constants import constant
+from qcompile.linears import Linear, Site, find_linears, find_sites
+from qcompile.passes.constants import derived
 from qcompile.precision import QuantizedWeight
 from qcompile.session import open_session
 from qcompile.spill import release
@@ -70,8 +70,7 @@ def round_in_sequence(
                 continue
             weight = round_(linear, gram)
             found[linear.name] = weight
-            own = constant(model.graph, f"{linear.name}.rounded", weight.dequantized())
-            linear.matmul.replace_input_with(1, own)
+            read_rounded(linear, weight)
         release(model)
         if progress:
             progress(done + 1, len(sites))
@@ -90,8 +89,16 @@ def _parts(model: ir.Model, sites: Sequence[Site]) -> Iterator[tuple[Site, Part]
 
 def parts_before(model: ir.Model, places: Sequence[int]) -> Iterator[Part]:
     """What leads to the cut before the node at each of `places`, ascending, from the cut before
-    it; the number of nodes stands for the end."""
+    it; the number of nodes stands for the end.
+
+    What depends on no input, a transposed weight, is not handed on: it would be kept once a batch.
+    Whatever reads it computes it again. Only a site's own input always is.
+    """
     nodes = list(model.graph)
+    fed = {*model.graph.inputs, *(linear.x for linear in find_linears(model.graph))}
+    for node in nodes:
+        if not fed.isdisjoint(_reads(node)):
+            fed.update(node.outputs)
     last_use: dict[ir.Value, int] = {}
     for at, node in enumerate(nodes):
         for value in _reads(node):
@@ -105,7 +112,7 @@ def parts_before(model: ir.Model, places: Sequence[int]) -> Iterator[Part]:
         # node lies between.
         stop = max(start, place)
         between = (value for node in nodes[start:stop] for value in node.outputs)
-        made = [value for value in between if last_use.get(value, -1) >= stop]
+        made = [v for v in between if v in fed and last_use.get(v, -1) >= stop]
         kept = [value for value in known if last_use[value] >= stop]
         after = [*kept, *made]
         yield _names(known), _names(made), _names(after)
@@ -146,6 +153,14 @@ def advance(model: ir.Model, part: Part, alive: list[Batch], work: Path) -> None
             batch.update(zip(made, session.run(made, feed), strict=True))
         for name in set(batch) - set(kept):
             del batch[name]
+
+
+def read_rounded(linear: Linear, weight: QuantizedWeight) -> None:
+    """Make `linear` read what the codes of `weight` stand for, computed when a graph is written:
+    one in RAM for every Linear would be the model once more."""
+    shape = (linear.in_features, linear.out_features)
+    own = derived(linear.weight, "rounded", lambda _: weight.dequantized(), shape)
+    linear.matmul.replace_input_with(1, own)
 
 
 def gram_of(alive: Sequence[Batch], site: Site) -> Array:

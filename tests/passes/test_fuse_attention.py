@@ -114,6 +114,19 @@ def test_guarded_softmax_takes_the_boolean_mask() -> None:
     assert_rewrites(FuseAttention(), before, after, {**FEED, "keep": keep}, atol=1e-6, **infinity)
 
 
+def test_masks_that_are_added_one_by_one() -> None:
+    signature = f"g ({QKV}, float[B,1,S,S] mask, float[B,3,1,S] a) => (float[B,3,S,8] y)"
+    first = """s = MatMul (q, kt) m = Mul (s, c) n = Add (m, a) o = Add (n, mask)
+      w = Softmax <axis = -1> (o) x = MatMul (w, v)"""
+    second = """t = MatMul (x, kt) h = Mul (t, c) i = Add (h, a) j = Add (i, mask)
+      u = Softmax <axis = -1> (j) y = MatMul (u, v)"""
+    before = f"{signature} {CONSTANTS} {{ {KT} {first} {second} }}"
+    after = f"""{signature} {{ both = Add (mask, a)
+      x = {ATTENTION} (q, k, v, both) y = {ATTENTION} (x, k, v, both) }}"""
+    feed = {**FEED, "a": _heads(B, H, 1, S)}
+    assert_rewrites(FuseAttention(), before, after, feed, atol=1e-6)
+
+
 def test_padding_mask_is_expanded_once_for_two_layers() -> None:
     signature = f"g ({QKV}, float[B,1,1,S] mask) => (float[B,3,S,8] y)"
     before = f"""{signature} {CONSTANTS} {{
