@@ -56,6 +56,7 @@ def main() -> None:
                     activations=arguments.activations,
                     opset=arguments.opset,
                     max_size=arguments.max_size if quantized else None,
+                    strict=False,
                 ),
                 output=folder,
             )
