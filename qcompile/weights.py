@@ -31,6 +31,7 @@ _SHRINK: Final = {8: 0.80, 4: 0.50}
 _STEPS: Final = {8: 8, 4: 11}
 _BLOCK: Final = 256
 _LAZY: Final = 16
+_PAIRED: Final = 128  # input channels whose products are held at once, of all outputs
 _ROW: Final = 4096  # values that are rounded at once: few calls, and rows that stay in the cache
 _DAMPING: Final = 0.01
 _HUGE: Final = 1e30
@@ -115,13 +116,14 @@ def violations(codes: Array, highest: Array) -> int:
         codes: int8 [K, N].
         highest: highest code of each input channel, [K].
     """
-    depth = len(codes)
-    wide = np.pad(codes.astype(np.int32), ((0, depth % 2), (0, 0)))
-    reach = np.pad(np.asarray(highest, np.int32), (0, depth % 2))[:, None]
+    reach = np.asarray(highest, np.int32)[:, None]
     count = 0
-    for part in (np.maximum(wide, 0), np.maximum(-wide, 0)):
-        reached = part * reach
-        count += int(((reached[0::2] + reached[1::2]) > LIMIT).sum())
+    for start in range(0, len(codes), _PAIRED):
+        rows = slice(start, start + _PAIRED)
+        wide = codes[rows].astype(np.int32) * reach[rows]
+        for part in (np.maximum(wide, 0), np.maximum(-wide, 0)):
+            # Of an odd number of channels the last has no partner.
+            count += int((np.add.reduceat(part, range(0, len(part), 2)) > LIMIT).sum())
     return count
 
 
