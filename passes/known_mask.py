@@ -56,7 +56,7 @@ def meaning_of(model: ir.Model, mask: ir.Value) -> MaskMeaning | None:
     sources = _sources(mask)
     if sources is None or any(not _is_tokens(value) for value in sources[0]):
         return None
-    session = _session(model, mask)
+    session = session_of(model, [mask])
     if session is None:
         return None
     inputs, numbers = sources
@@ -131,10 +131,11 @@ def _is_tokens(value: ir.Value) -> bool:
     return value.dtype == ir.DataType.INT64 and len(value.shape or ()) == 2
 
 
-def _session(model: ir.Model, mask: ir.Value) -> ort.InferenceSession | None:
+def session_of(model: ir.Model, outputs: Sequence[ir.Value]) -> ort.InferenceSession | None:
+    """A session on the part of `model` that gives `outputs`; None where it does not run alone."""
     part = model.clone()
     values = ir.convenience.create_value_mapping(part.graph)
-    part.graph.outputs[:] = [values[str(mask.name)]]
+    part.graph.outputs[:] = [values[str(value.name)] for value in outputs]
     RemoveUnusedNodesPass()(part)
     for value in list(part.graph.inputs):
         if not value.uses():

@@ -17,7 +17,9 @@ KINDS: Final = ("key", "value")
 
 TOKENS: Final = "input_ids"
 MASK: Final = "attention_mask"
-"""The other inputs: the new tokens, and what is real of them and of what is in the cache."""
+POSITIONS: Final = "position_ids"
+"""The other inputs: the new tokens, what is real of them and of what is in the cache, and each new
+token's place among what is real."""
 
 _TYPES: Final = {
     "tensor(float)": np.float32,
@@ -105,8 +107,8 @@ def after(session: ort.InferenceSession, feed: Mapping[str, Any], past: int) -> 
             )
     mask = made[MASK]
     made[MASK] = np.pad(mask, ((0, 0), (past, 0)), constant_values=1)
-    if "position_ids" in made:
-        made["position_ids"] = made["position_ids"] + past
+    if POSITIONS in made:
+        made[POSITIONS] = made[POSITIONS] + past
     return made
 
 

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
+from typing import Final
 
-from qcompile.precision import PrecisionPlan
+from qcompile.precision import OpPlan, PrecisionPlan
 from qcompile.targets.base import Target
 from qcompile.weight_blocks import BITS
 
+_SMALL: Final = 2 << 20
+"""Bytes of INT8 codes. To start a product takes as long as reading some 150 KB of them."""
+
 
 def plan_joins(plan: PrecisionPlan, target: Target) -> frozenset[str]:
-    """Names of the products that share their activation, of weights that alone are quantised.
+    """Names of the products that share their activation and precision, to become one and a split.
 
-    For a graph with a cache: a step of one token is mostly weights to read and kernels to start. In
-    float nothing is gained, and of INT8 a prompt loses more than a step gains; docs/generation.md
-    has the measurements.
+    For a graph with a cache: a step of one token is mostly weights to read and kernels to start.
+    Those of weights alone are joined. Those of INT8 are where they are small; where they are not, a
+    prompt loses more, with as many outputs to copy, than a step gains. In float nothing is gained.
+    docs/generation.md has the measurements.
     """
     if not target.joins:
         return frozenset()
-    alone = [op for op in plan.quantized if op.precision in BITS]
-    shared = Counter((op.site, op.precision) for op in alone)
-    return frozenset(op.name for op in alone if shared[op.site, op.precision] > 1)
+    groups: dict[tuple[str, str], list[OpPlan]] = defaultdict(list)
+    for op in plan.quantized:
+        groups[op.site, op.precision].append(op)
+    return frozenset(
+        op.name
+        for (_, precision), ops in groups.items()
+        if len(ops) > 1 and (precision in BITS or (precision == "int8" and _bytes(ops) <= _SMALL))
+        for op in ops
+    )
+
+
+def _bytes(ops: list[OpPlan]) -> int:
+    return sum(op.in_features * op.out_features for op in ops)

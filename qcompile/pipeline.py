@@ -51,6 +51,7 @@ from qcompile.passes.fuse_rms_norm import FuseRmsNorm
 from qcompile.passes.join_products import JoinProducts
 from qcompile.passes.kv_cache import KvCache
 from qcompile.passes.outer_product import OuterProduct
+from qcompile.passes.packed_attention import PackedAttention
 from qcompile.passes.permute_channels import PermuteChannels
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
@@ -68,7 +69,7 @@ from qcompile.session import open_session
 from qcompile.shapes import check_shapes, default_shapes, prompt_length, timing_feeds
 from qcompile.shared import Calibration, Shared, checked
 from qcompile.smoothing import SmoothingPlan, plan_smoothing
-from qcompile.spill import release, spill
+from qcompile.spill import release, spill, spill_derived
 from qcompile.staging import staged
 from qcompile.targets import Target
 from qcompile.traced import TracedModel
@@ -165,7 +166,7 @@ def compile_shared(
         timed = timing_feeds(config.shapes or default_shapes(model), data.held_back[0])
 
     graph, decision, notes, ranges = model.ir.clone(), None, list[str](), Ranges()
-    smoothing, stats = SmoothingPlan(), dict[str, Stats]()
+    smoothing, stats, apart = SmoothingPlan(), dict[str, Stats](), list[str]()
     floats = scheme.floats or target.floats
     plan = float_plan(find_sites(graph.graph), f"scheme {scheme.name}", floats)
     if scheme.keeps:
@@ -233,7 +234,12 @@ def compile_shared(
     with phases.phase("lower"):
         run(graph, [*(with_cache(cache) if config.cache else ()), *target.lower(plan)])
         if config.cache:
-            run(graph, [JoinProducts(plan_joins(plan, target))])
+            packing = PackedAttention(model.max_length)
+            run(
+                graph,
+                [*([packing] if target.packs else ()), JoinProducts(plan_joins(plan, target))],
+            )
+            apart = packing.notes
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:
@@ -270,6 +276,7 @@ def compile_shared(
         decision, config, kept,
     )  # fmt: skip
     report.warnings += notes
+    report.apart = apart
     artifact.complete(
         folder, model, target, report, ranges, plan, cache, config, data.held_back[0], traced_path
     )
@@ -300,6 +307,9 @@ def _lowered_float(
     """The float graph as `target` runs it, written to `path` beside the weights."""
     graph = model.ir.clone()
     run(graph, [*cached, *target.lower(PrecisionPlan(floats=floats))])
+    if cached and target.packs:
+        run(graph, [PackedAttention(model.max_length)])
+        spill_derived(graph, path)
     ir.save(graph, path, external_data=f"{path.name}.data" if floats != "float32" else None)
     return path
 

@@ -250,6 +250,8 @@ class Report(_Model):
     """The same of a few tokens with a cache: half of them as a prompt, the others one at a time."""
     cache: Cache | None = None
     """Of keys and values in codes; None where there is no cache, or one in float."""
+    apart: list[str] = []
+    """Attention with a cache whose queries, keys and values are not one product, and why."""
     speed: list[Speed] = []
     floats: Floats = "float32"
     kernels: dict[str, int] = {}

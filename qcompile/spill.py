@@ -31,6 +31,26 @@ def spill(model: ir.Model, work: Path, stem: str) -> ir.Model:
     return ir.load(path)
 
 
+def spill_derived(model: ir.Model, path: Path) -> None:
+    """Write the weights that passes derived beside `path`, where `model` will be saved.
+
+    Those that are on disk already stay where they are.
+    """
+    derived = [
+        value
+        for value in model.graph.initializers.values()
+        if isinstance(value.const_value, ir.LazyTensor)
+        and value.const_value.nbytes > _EXTERNAL_OVER_BYTES
+    ]
+    written = ir.external_data.convert_tensors_to_external(
+        [value.const_value for value in derived if value.const_value is not None],
+        path.parent,
+        f"{path.name}.data",
+    )
+    for value, tensor in zip(derived, written, strict=True):
+        value.const_value = tensor
+
+
 def release(model: ir.Model) -> None:
     """Unmap what was read of the weights of `model`; it is mapped again when it is needed."""
     for graph in model.graphs():

@@ -66,6 +66,8 @@ class Target(abc.ABC):
     and what Linears read is smoothed, it has nothing to add."""
     joins: bool = False
     """Whether one kernel for all weight-only products of an activation is faster, of one token."""
+    packs: bool = False
+    """Whether attention with a cache takes queries, keys and values as one product, and rotates."""
     symmetric: bool = False
     """Whether static codes have to be symmetric around zero: kernels without a zero point."""
     blockwise: bool = True

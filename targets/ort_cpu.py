@@ -45,6 +45,7 @@ class OrtCpu(Target):
     variants = ("avx2", "vnni", "arm64")
     caches = ("float32",)
     joins = True
+    packs = True
     converted_as = MappingProxyType({"llm-int8": "token"})
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),

@@ -92,10 +92,16 @@ def assert_same_graph(actual: ir.Model, expected: ir.Model) -> None:
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:
-    return {
-        name: a.value.numpy().tolist() if a.type == ir.AttributeType.TENSOR else a.value
-        for name, a in node.attributes.items()
-    }
+    return {name: _attribute(a) for name, a in node.attributes.items()}
+
+
+def _attribute(attribute: ir.Attr) -> Any:
+    """What can be compared; of a graph, its ops in their order."""
+    if attribute.type == ir.AttributeType.TENSOR:
+        return attribute.value.numpy().tolist()
+    if attribute.type == ir.AttributeType.GRAPH:
+        return [(node.op_identifier(), _attributes(node)) for node in attribute.value]
+    return attribute.value
 
 
 def check_model(model: ir.Model) -> None:

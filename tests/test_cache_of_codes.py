@@ -69,6 +69,8 @@ def test_what_the_artifact_says(compiled: Callable[[int], qcompile.Artifact], bi
     pasts = [i for i in artifact.session().get_inputs() if is_past(i.name)]
     assert {i.type for i in pasts} == {TYPES[bits]}
     assert {tuple(i.shape[1::2]) for i in pasts} == {(HEADS, SIZE * bits // 8)}
+    (note,) = artifact.report.apart
+    assert "and 3 more: keys and values in codes" in note
     kept = artifact.report.cache
     assert kept is not None
     assert kept.bytes_per_token == sum(i.shape[1] * i.shape[3] for i in pasts)

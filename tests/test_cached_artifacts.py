@@ -23,6 +23,7 @@ from qcompile.errors import ConfigError
 from qcompile.genai import end_tokens
 from qcompile.generation import Decoder, generate
 from qcompile.metrics import Accuracy
+from qcompile.names import apart
 from qcompile.running import Stream, prompt_tokens
 from qcompile.session import HERE, run_outputs
 from qcompile.stepping import check_steps
@@ -270,6 +271,20 @@ def test_weights_alone_of_one_activation_are_one_product(
     products = [node for node in graph if node.op_type == "MatMulNBits"]
     assert len(planned) - len(products) == 2 * 4  # queries, keys and values of each layer
     assert run_cli("check", artifact.path).status == 0
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "w8a8", "w4a16"])
+def test_queries_keys_and_values_are_one_product(compile_cached: Cached, scheme: str) -> None:
+    artifact = compile_cached(scheme)
+    graph = ir.load(artifact.path / "model.onnx").graph
+    attentions = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    products = [node.inputs[0].producer() for node in attentions]  # type: ignore[union-attr]
+    assert all(node.inputs[1] is None and node.inputs[2] is None for node in attentions)
+    names = {name for node in products if node is not None for name in apart(str(node.name))}
+    assert len(attentions) == 4 and artifact.report.apart == []
+    assert (
+        scheme == "fp32" or {op.name for op in artifact.report.ops if "v_proj" in op.name} < names
+    )
 
 
 def test_logits_of_the_last_token_alone(

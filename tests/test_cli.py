@@ -21,8 +21,8 @@ from tests.cli_runner import Outcome, RunCli
 
 KEYS = {
     "path", "model", "task", "target", "scheme", "calibration", "samples", "held_back", "seen",
-    "warnings", "refusals", "bytes_float", "bytes", "accuracy", "decoded", "cache", "speed",
-    "floats", "seconds", "ops_by_precision",
+    "warnings", "refusals", "bytes_float", "bytes", "accuracy", "decoded", "cache", "apart",
+    "speed", "floats", "seconds", "ops_by_precision",
 }  # fmt: skip
 
 

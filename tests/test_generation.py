@@ -15,6 +15,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
+from qcompile.passes.packed_attention import GUARD, PackedAttention
 from qcompile.targets import Target
 from qcompile.targets.ort_cpu import OrtCpu
 
@@ -22,7 +23,7 @@ from qcompile import frontend
 from qcompile.config import CompileConfig
 from qcompile.errors import ModelError
 from qcompile.genai import genai_config
-from qcompile.generation import generate
+from qcompile.generation import Decoder, generate
 from qcompile.pipeline import canonicalize, run, with_cache
 from qcompile.precision import Floats, PrecisionPlan
 from qcompile.session import open_session
@@ -82,9 +83,10 @@ class Cached:
 def compile_cached(
     source: Path, folder: Path, target: Target | None = None, floats: Floats = "float32"
 ) -> None:
-    model = frontend.load(str(source), CompileConfig(), folder)
+    model, target = frontend.load(str(source), CompileConfig(), folder), target or OrtCpu()
     run(model.ir, canonicalize())
-    run(model.ir, [*with_cache(), *(target or OrtCpu()).lower(PrecisionPlan(floats=floats))])
+    run(model.ir, [*with_cache(), *target.lower(PrecisionPlan(floats=floats))])
+    run(model.ir, [PackedAttention(model.max_length)] if target.packs else [])
     ir.save(model.ir, folder / "model.onnx")
     settings = genai_config(model.ir.graph, source, model.max_length)
     (folder / "genai_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -150,6 +152,35 @@ def test_and_in_onnxruntime_genai(kind: str, cached: Callable[[str], Cached]) ->
         # It stops before the token that ends a text.
         ended = expected.index(END) if END in expected else NEW
         assert found == expected[:ended]
+
+
+def test_padding_behind_a_prompt_and_between_turns(cached: Callable[[str], Cached]) -> None:
+    """Wherever padding is left in the history, logits are those of the row alone."""
+    session = open_session(cached("llama").folder / "model.onnx")
+    rng, turns = np.random.default_rng(0), [PROMPTS[0], PROMPTS[1] + [0] * 7]
+    ids = np.concatenate([turns, rng.integers(3, 256, (2, 8))], axis=1)
+    mask = np.ones_like(ids)
+    mask[1, 5:12] = mask[0, 14:17] = 0
+    decoder = Decoder(session, 2, 20)
+    logits = [decoder.step(ids[:, :12], mask[:, :12])]
+    logits += [decoder.step(ids[:, [at]], mask[:, [at]]) for at in range(12, 20)]
+    found = np.concatenate(logits, axis=1)
+    for row, real in enumerate(mask == 1):
+        alone = Decoder(session, 1, 20).step(ids[[row]][:, real])
+        np.testing.assert_allclose(found[row, real], alone[0], rtol=0, atol=1e-4)
+
+
+def test_padding_between_the_tokens_of_a_prompt_is_an_error(
+    cached: Callable[[str], Cached],
+) -> None:
+    session = open_session(cached("llama").folder / "model.onnx")
+    with pytest.raises(RuntimeError, match=GUARD):
+        Decoder(session, 1, 8).step(np.array([PROMPTS[1]]), np.array([[1, 1, 0, 1, 1]]))
+    # Of what has no rotation it is like any other padding.
+    session = open_session(cached("gpt2").folder / "model.onnx")
+    found = Decoder(session, 1, 8).step(np.array([PROMPTS[1]]), np.array([[1, 1, 0, 1, 1]]))
+    alone = Decoder(session, 1, 8).step(np.delete([PROMPTS[1]], 2, axis=1))
+    np.testing.assert_allclose(np.delete(found, 2, axis=1), alone, rtol=0, atol=1e-4)
 
 
 def test_what_is_refused_is_named(tmp_path: Path) -> None:

@@ -22,13 +22,22 @@ OPS = (
 )
 
 
-def test_weights_alone_of_one_activation_and_precision() -> None:
-    one = OpPlan("", "", "float", "", 8, 8, "")
-    plan = PrecisionPlan(
+def plan_of(width: int) -> PrecisionPlan:
+    one = OpPlan("", "", "float", "", width, width, "")
+    return PrecisionPlan(
         ops=tuple(
             dataclasses.replace(one, name=name, site=site, precision=precision)  # type: ignore[arg-type]
             for name, site, precision in OPS
         )
     )
-    assert plan_joins(plan, OrtCpu("avx2")) == {"q", "k"}
-    assert not plan_joins(plan, OrtCuda("sm90"))
+
+
+def test_products_of_one_activation_and_precision() -> None:
+    assert plan_joins(plan_of(8), OrtCpu("avx2")) == {"q", "k", "gate", "up"}
+    assert not plan_joins(plan_of(8), OrtCuda("sm90"))
+
+
+def test_int8_where_it_is_small() -> None:
+    """Two weights of a mebibyte, and a little more."""
+    assert plan_joins(plan_of(1024), OrtCpu("avx2")) == {"q", "k", "gate", "up"}
+    assert plan_joins(plan_of(1025), OrtCpu("avx2")) == {"q", "k"}

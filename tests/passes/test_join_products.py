@@ -50,6 +50,30 @@ def test_all_of_one_activation(biased: bool) -> None:
     assert apart(str(next(iter(model.graph)).name))[1:] == ["one", "two"]
 
 
+def test_products_of_codes() -> None:
+    """Per-channel scales go with their columns."""
+    codes = [RNG.integers(-127, 128, (32, n)).astype(np.int8) for n in (8, 4)]
+    integer = "com.microsoft.MatMulIntegerToFloat"
+    weights = "int8[32,8] w, int8[32,4] v, float[8] s, float[4] t, float[8] b, float[4] c"
+    after = "int8[32,12] wv, float[12] st, float[12] bc, int64[2] n"
+    common = "float a, uint8 o"
+    model = assert_rewrites(
+        JoinProducts(["one", "two"]),
+        f"""g (uint8[B,S,32] x, {common}, {weights}, {after}) => {OUT} {{
+            [one] d = {integer} (x, w, a, s, o, , b) [two] e = {integer} (x, v, a, t, o, , c)
+            y = Relu (d) z = Neg (e) }}""",
+        f"""g (uint8[B,S,32] x, {common}, {after}) => {OUT} {{
+            de = {integer} (x, wv, a, st, o, , bc) d, e = Split <axis = -1> (de, n)
+            y = Relu (d) z = Neg (e) }}""",
+        {"x": RNG.integers(0, 256, (2, 3, 32)).astype(np.uint8)},
+        atol=0,
+        **ARRAYS | JOINED | {"w": codes[0], "v": codes[1], "wv": np.concatenate(codes, axis=1)},
+        a=np.float32(0.02),
+        o=np.uint8(120),
+    )
+    assert apart(str(next(iter(model.graph)).name))[1:] == ["one", "two"]
+
+
 @pytest.mark.parametrize(
     ("names", "text"),
     [
