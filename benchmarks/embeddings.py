@@ -1,4 +1,4 @@
-"""Cosine similarity and speed of an encoder's embeddings, INT8 against its fp32 artifact.
+"""Cosine similarity and speed of an encoder's embeddings, quantised against its fp32 artifact.
 
     python -m benchmarks.embeddings [MODEL] --calibration calib.txt --evaluation eval.txt
 
@@ -31,40 +31,51 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, required=True)
     parser.add_argument("--target", default="ort-cpu")
+    parser.add_argument("--schemes", default="w8a8", help="e.g. w8a8:rtn,w8a8:gptq")
+    parser.add_argument("--opset", type=int, default=23)
+    parser.add_argument("--max-size", type=int, help="bytes of the weights, for onnx-edge")
     parser.add_argument("--activations", default="static")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     texts = documents(arguments.evaluation)[:TEXTS]
+    schemes = ["fp32", *arguments.schemes.split(",")]
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        folders = [Path(scratch) / scheme for scheme in ("fp32", "w8a8")]
-        for folder in folders:
+        folders = {scheme: Path(scratch) / scheme.replace(":", "-") for scheme in schemes}
+        for scheme, folder in folders.items():
+            quantized = scheme != "fp32"
             qcompile.compile(
                 arguments.model,
                 target=arguments.target,
-                scheme=folder.name,
+                scheme=scheme,
                 calibration=feeds_of(tokenizer, documents(arguments.calibration)[:80]),
                 config=qcompile.CompileConfig(
-                    objective="scheme", activations=arguments.activations
+                    objective="latency" if arguments.max_size else "scheme",
+                    activations=arguments.activations,
+                    opset=arguments.opset,
+                    max_size=arguments.max_size if quantized else None,
+                    strict=False,
                 ),
                 output=folder,
             )
-        sessions = [session(folder, arguments.threads, spinning=False) for folder in folders]
-        cosines = []
+        sessions = [
+            session(folder, arguments.threads, spinning=False) for folder in folders.values()
+        ]
+        cosines: list[list[float]] = [[] for _ in schemes]
         for feed in feeds_of(tokenizer, texts):
             pooled = [s.run(None, select(s, feed))[0].mean(axis=1)[0] for s in sessions]
-            cosines.append(
-                float(pooled[0] @ pooled[1] / np.prod([np.linalg.norm(p) for p in pooled]))
-            )
-        rows: list[dict[str, Any]] = [
-            {"figure": "cosine, mean", "value": statistics.fmean(cosines)},
-            {"figure": "cosine, worst", "value": min(cosines)},
-        ]
-        for length in (32, 128, 256):
-            ratio = interleaved(sessions, tokens(length), 40)[1][0]
-            rows.append({"figure": f"speed at 1×{length}", "value": ratio})
-    publish(f"{Path(arguments.model).name}, {len(cosines)} texts", rows, arguments.json)
+            for found, each in zip(cosines, pooled, strict=True):
+                norms = np.linalg.norm(pooled[0]) * np.linalg.norm(each)
+                found.append(float(pooled[0] @ each / norms))
+        ratios = {length: interleaved(sessions, tokens(length), 40) for length in (32, 128, 256)}
+        for at, scheme in enumerate(schemes[1:], 1):
+            row = {"scheme": scheme, "cosine, mean": statistics.fmean(cosines[at])}
+            row["cosine, worst"] = min(cosines[at])
+            row |= {f"speed at 1×{length}": found[at][0] for length, found in ratios.items()}
+            rows.append(row)
+    publish(f"{Path(arguments.model).name}, {len(texts)} texts", rows, arguments.json)
 
 
 def documents(path: Path) -> list[str]:

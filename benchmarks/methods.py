@@ -1,4 +1,4 @@
-"""Accuracy, size and speed of every method that rounds weights alone, of language models.
+"""Accuracy, size and speed of every method that rounds weights, of language models.
 
     python -m benchmarks.methods MODEL… --calibration calib.txt --evaluation eval.txt \\
         --json docs/methods/measured.json
@@ -25,7 +25,7 @@ from benchmarks.common import Feed, accuracy, publish, session, windows
 from qcompile.checkpoints.scheme import choose_scheme
 from qcompile.config import CompileConfig
 from qcompile.errors import QcompileError
-from qcompile.methods import METHODS
+from qcompile.methods import METHODS, PER_CHANNEL
 from qcompile.pipeline import compile_shared
 from qcompile.progress import Phases
 from qcompile.shared import Shared, checked
@@ -33,7 +33,8 @@ from qcompile.shared import Shared, checked
 SETTINGS = [
     *((f"w4a16:{method}", False) for method in METHODS),
     *((f"w4a16:{method}", True) for method in METHODS if method != "hqq"),
-    *((scheme, None) for scheme in ("nf4", "fp4", "llm-int8")),
+    *((scheme, None) for scheme in ("nf4", "fp4", "llm-int8", "w8a8")),
+    *((f"w8a8:{method}", None) for method in PER_CHANNEL),
 ]
 """Scheme, and whether blocks are symmetric."""
 
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, choices=(32, 64, 128))
     parser.add_argument("--blocks", choices=("asymmetric", "symmetric"), help="only these")
     parser.add_argument("--only", default="", help="e.g. w4a16:gptq,nf4")
+    parser.add_argument("--bias-correction", action="store_true", help="of every scheme")
     parser.add_argument("--samples", type=int, default=64, help="to measure on")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -84,13 +86,16 @@ def _measure(model: Path, settings: Sequence[tuple[str, Any]], arguments: Any) -
                 recipe={"lm_head": "float"},  # type: ignore[arg-type]
                 block_size=arguments.block_size,
                 symmetric=symmetric,
+                bias_correction=arguments.bias_correction or None,
                 strict=False,
             )
             try:
                 report = _compile(shared, scheme, config, arguments, scratch / "own")
             except QcompileError as error:
                 raise SystemExit(f"{model.name}, {scheme}: {error}") from error
-            row: Row = {"scheme": scheme, "blocks": KINDS[symmetric], "MB": report.bytes / 1e6}
+            corrected = " --bias-correction" if arguments.bias_correction else ""
+            row: Row = {"scheme": scheme + corrected, "blocks": KINDS[symmetric]}
+            row["MB"] = report.bytes / 1e6
             row |= accuracy(reference, session(scratch / "own"), feeds)
             row |= {f"speed {speed.shape}": speed.ratio for speed in report.speed}
             row["seconds"] = sum(report.seconds.values())

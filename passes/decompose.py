@@ -26,11 +26,11 @@ SINCE: Final[Mapping[str, int]] = {
 
 
 class Decompose(ir.passes.InPlacePass):
-    """Replace, for an opset, the ops that it lacks.
+    """Replace, for an opset, the ops that it lacks, in bodies of If, Loop and Scan too.
 
-    1. ``Attention`` -> ``MatMul, [Mul], [Where or Add], Softmax, MatMul`` on heads that Reshape and
-       Transpose set apart; hidden scores are −65504, so that no value is infinite; heads of keys
-       and values that several heads share are repeated by Gather
+    1. ``Attention`` -> ``MatMul, [Mul], [Tanh, Mul], [Where or Add], Softmax, MatMul`` on heads
+       that Reshape and Transpose set apart; hidden scores are −65504, so that no value is infinite;
+       heads of keys and values that several heads share are repeated by Gather
     2. ``RotaryEmbedding`` -> ``Slice, Mul, Sub, Add, Concat``
     3. ``RMSNormalization``, ``LayerNormalization`` -> ``ReduceMean, …, Sqrt, Div, Mul, [Add]``
     4. ``Gelu`` -> by ``Erf``, or by ``Tanh`` where it is approximate
@@ -49,9 +49,11 @@ class Decompose(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
-        for node in list(model.graph):
+        for node in list(model.graph.all_nodes()):
             rule = _RULES.get(node.op_type) if is_op(node, *_RULES) else None
-            if rule is not None and self.opset < SINCE[node.op_type]:
+            # Nothing in a body is quantised, so that what the opset has stays.
+            most = SINCE["RMSNormalization"] if node.graph is not model.graph else math.inf
+            if rule is not None and self.opset < min(SINCE[node.op_type], most):
                 _replace(model.graph, node, rule)
                 modified = True
         if modified:
@@ -92,10 +94,12 @@ def _replace(graph: ir.Graph, node: ir.Node, rule: Callable[[_Builder, ir.Node],
         if node.op_type != "Attention":
             made.metadata_props[PART_OF_KEY] = node.op_type
     like(new, old)
-    graph.insert_before(node, list(build.tape.nodes))
+    owner = node.graph
+    assert isinstance(owner, ir.Graph)
+    owner.insert_before(node, list(build.tape.nodes))
     name, was_output = old.name, old.is_graph_output()
     old.replace_all_uses_with(new, replace_graph_outputs=was_output)
-    graph.remove(node, safe=True)
+    owner.remove(node, safe=True)
     new.name = name
 
 
@@ -105,8 +109,6 @@ def _attention(build: _Builder, node: ir.Node) -> ir.Value:
     assert q is not None and k is not None and v is not None
     if any(value is not None for value in inputs[4:]):
         raise ModelError(f"{module_path(node)}: Attention with a cache is not lowered")
-    if node.attributes.get_float("softcap", 0.0):
-        raise ModelError(f"{module_path(node)}: Attention with a softcap is not lowered")
     heads = node.attributes.get_int("q_num_heads", 0)
     shared = node.attributes.get_int("kv_num_heads", 0)
     flat = heads > 0
@@ -125,8 +127,11 @@ def _attention(build: _Builder, node: ir.Node) -> ir.Value:
         k, v = (build.op("Gather", x, index, axis=1) for x in (k, v))
     scores = build.op("MatMul", q, build.op("Transpose", k, perm=[0, 1, 3, 2]))
     scale = node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(size)
-    if scale != 1.0:
-        scores = build.op("Mul", scores, build.number(scale))
+    cap = node.attributes.get_float("softcap", 0.0)
+    if scale != 1.0 or cap:
+        scores = build.op("Mul", scores, build.number(scale / (cap or 1.0)))
+    if cap:
+        scores = build.op("Mul", build.op("Tanh", scores), build.number(cap))
     if node.attributes.get_int("is_causal", 0):
         scores = _hidden(build, _causal(build, q, k), scores)
     if mask is not None and mask.dtype == ir.DataType.BOOL:

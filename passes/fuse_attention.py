@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -28,9 +29,10 @@ class FuseAttention(ir.passes.InPlacePass):
 
     1. ``MatMul(Softmax(MatMul(Q, Kᵀ) · c + mask), V)`` -> ``Attention(Q, K, V, mask, scale=c)``.
        c is the product of all constant scalars by which Q, Kᵀ or the scores are multiplied or
-       divided. The mask may be absent. Kᵀ is a Transpose of the last two axes, or one that also
-       brings [batch, sequence, heads, channels] into order. After the Softmax, Identity, Dropout
-       and ``Where(IsNaN(p), 0, p)`` are passed over.
+       divided. Scores that are capped before the mask, ``Tanh(scores / cap) · cap``, make the op's
+       ``softcap``. The mask may be absent, or a sum, which layers then share. Kᵀ is a Transpose of
+       the last two axes, or one that also brings [batch, sequence, heads, channels] into order.
+       After the Softmax, Identity, Dropout and ``Where(IsNaN(p), 0, p)`` are passed over.
     2. With that Where, a mask ``Where(keep, 0, -inf)`` -> the boolean mask `keep`: the op gives
        zero for a row that is masked entirely, as the Where does.
     3. A mask whose last two dimensions may be one is expanded to the scores' size, which ONNX
@@ -45,7 +47,7 @@ class FuseAttention(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         refined = SymbolicShapes()(model).modified
         modified = False
-        expanded: dict[tuple[ir.Value, object, object], ir.Value] = {}
+        expanded: _Made = {}
         for node in list(model.graph):
             if node.op_type == "MatMul" and node.domain in ("", "ai.onnx"):
                 modified |= _fuse(model.graph, node, expanded)
@@ -57,9 +59,11 @@ class FuseAttention(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=modified or refined)
 
 
-def _fuse(
-    graph: ir.Graph, node: ir.Node, expanded: dict[tuple[ir.Value, object, object], ir.Value]
-) -> bool:
+_Made: TypeAlias = dict[tuple[object, ...], ir.Value]
+"""Masks that layers share, by what they are made of."""
+
+
+def _fuse(graph: ir.Graph, node: ir.Node, expanded: _Made) -> bool:
     weights, v = node.inputs[0], node.inputs[1]
     if weights is None or v is None:
         return False
@@ -67,25 +71,28 @@ def _fuse(
     scores = softmax.inputs[0] if softmax is not None else None
     if scores is None or not sole_use(scores):
         return False
-    for scaled, mask in _unmasked(scores):
+    for scaled, masks in _unmasked(scores):
         found = _unscaled(scaled)
         if found is None:
             continue
-        product, scale = found
+        product, scale, cap = found
         q, k_transposed = product.inputs[0], product.inputs[1]
         if q is None or k_transposed is None:
             continue
         q, q_scale = _strip_scale(q)
         k, k_scale, perm = _untransposed(k_transposed)
-        scale *= q_scale * k_scale
+        scale *= q_scale * k_scale * (cap or 1.0)
         if k is None or not math.isfinite(scale) or scale <= 0.0:
             continue
-        if mask is not None and _rank(mask) not in (1, 2, 3, 4):
+        if any(_rank(mask) not in (1, 2, 3, 4) for mask in masks):
             continue
         k_dims = dims_of(k)
-        if k_dims is None or not _shapes_fit(dims_of(q), k_dims, perm, dims_of(v), dims_of(mask)):
+        mask_dims = _broadcast([dims_of(mask) or [] for mask in masks]) if masks else None
+        if k_dims is None or not _shapes_fit(dims_of(q), k_dims, perm, dims_of(v), mask_dims):
             continue
-        _put(graph, node, q, k, v, mask, scale, perm, guarded, expanded)
+        mask = _summed(graph, node, masks, mask_dims, expanded)
+        attributes = {"scale": scale, "is_causal": 0} | ({"softcap": cap} if cap else {})
+        _put(graph, node, q, k, v, mask, attributes, perm, guarded, expanded)
         return True
     return False
 
@@ -111,18 +118,62 @@ def _softmax(value: ir.Value) -> tuple[ir.Node | None, bool]:
     return (node, guarded) if axis in (-1, 3) else (None, False)
 
 
-def _unmasked(scores: ir.Value) -> list[tuple[ir.Value, ir.Value | None]]:
-    """The ways in which `scores` may be read as scaled product plus mask."""
+def _unmasked(scores: ir.Value) -> list[tuple[ir.Value, list[ir.Value]]]:
+    """The ways in which `scores` may be read as scaled product plus masks."""
     add = made_by(scores, "Add")
     if add is None:
-        return [(scores, None)]
-    return [(product, mask) for product, mask in operands(add) if sole_use(product)]
+        return [(scores, [])]
+    return [
+        (product, [mask, *more])
+        for rest, mask in operands(add)
+        if sole_use(rest)
+        for product, more in _unmasked(rest)
+    ]
 
 
-def _unscaled(scores: ir.Value) -> tuple[ir.Node, float] | None:
+def _broadcast(shapes: list[list[int | str | None]]) -> list[int | str | None]:
+    """The shape of a sum; None where two dimensions are not known to fit."""
+    width = max((len(shape) for shape in shapes), default=0)
+    result: list[int | str | None] = [1] * width
+    for shape in shapes:
+        for at, dim in enumerate([1] * (width - len(shape)) + shape):
+            if dim != 1:
+                result[at] = dim if result[at] in (1, dim) else None
+    return result
+
+
+def _summed(
+    graph: ir.Graph,
+    node: ir.Node,
+    masks: list[ir.Value],
+    dims: list[int | str | None] | None,
+    made: _Made,
+) -> ir.Value | None:
+    """The sum of `masks`, made once for all layers, where the last of the masks is there."""
+    if len(masks) < 2:
+        return masks[0] if masks else None
+    key = tuple(sorted(masks, key=id))
+    if key not in made:
+        total = masks[0]
+        for mask in masks[1:]:
+            add = build("Add", [total, mask], {}, node)
+            graph.insert_before(node, add)
+            total = _typed(add.outputs[0], mask, dims or [])
+        made[key] = total
+    return made[key]
+
+
+def _unscaled(scores: ir.Value) -> tuple[ir.Node, float, float | None] | None:
+    """The product in `scores`, its factor, and the cap that a Tanh puts on them: cap · tanh(·)."""
     value, scale = _strip_scale(scores)
+    cap, tanh = None, made_by(value, "Tanh")
+    if tanh is not None and tanh.inputs[0] is not None:
+        if not sole_use(value) or not math.isfinite(scale) or scale <= 0.0:
+            return None
+        cap = scale
+        value, scale = _strip_scale(tanh.inputs[0])
     product = made_by(value, "MatMul")
-    return (product, scale) if product is not None and sole_use(value) else None
+    return (product, scale, cap) if product is not None and sole_use(value) else None
 
 
 def _strip_scale(value: ir.Value) -> tuple[ir.Value, float]:
@@ -193,10 +244,10 @@ def _put(
     k: ir.Value,
     v: ir.Value,
     mask: ir.Value | None,
-    scale: float,
+    attributes: dict[str, int | float],
     perm: tuple[int, ...],
     guarded: bool,
-    expanded: dict[tuple[ir.Value, object, object], ir.Value],
+    expanded: _Made,
 ) -> None:
     nodes: list[ir.Node] = []
     if perm == _HEADS_FIRST_KEYS_LAST:
@@ -208,7 +259,7 @@ def _put(
     if mask is not None:
         mask = _boolean(mask) if guarded else mask
         inputs.append(_full_size(graph, node, mask, q, k, nodes, expanded))
-    attention = build("Attention", inputs, {"scale": scale, "is_causal": 0}, node)
+    attention = build("Attention", inputs, attributes, node)
     put_for(graph, node.outputs[0], [*nodes, attention], attention.outputs[0])
     q_dims, v_dims = dims_of(q) or [], dims_of(v) or []
     attention.outputs[0].shape = ir.Shape([*q_dims[:3], v_dims[3]])
@@ -230,7 +281,7 @@ def _full_size(
     q: ir.Value,
     k: ir.Value,
     nodes: list[ir.Node],
-    expanded: dict[tuple[ir.Value, object, object], ir.Value],
+    expanded: _Made,
 ) -> ir.Value:
     """The mask with its last two dimensions those of the scores, not one."""
     dims, rows, columns = dims_of(mask), (dims_of(q) or [])[2], (dims_of(k) or [])[2]

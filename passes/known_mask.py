@@ -31,15 +31,21 @@ class MaskMeaning:
         padding: the graph input [batch, sequence] whose zeros mask keys, or None.
         window: only so many keys, those of the query itself and of the tokens just before it;
             None: all.
+        slopes: of every head, what a key's score gains by its place among the tokens that are no
+            padding (ALiBi, arXiv 2108.12409; softmax does not see what a whole row gains); None:
+            nothing.
     """
 
     causal: bool
     padding: ir.Value | None
     window: int | None = None
+    slopes: tuple[float, ...] | None = None
 
 
 def meaning_of(model: ir.Model, mask: ir.Value) -> MaskMeaning | None:
     """What `mask` keeps, where that is causality, perhaps in a window, padding or both; else None.
+
+    To scores that causality and padding keep it may add ALiBi's biases.
 
     The part of the graph that computes it runs on small inputs: every pattern of padding of up to
     five tokens, in batches of several. The width of a window is a number that stands in that part,
@@ -59,9 +65,25 @@ def meaning_of(model: ir.Model, mask: ir.Value) -> MaskMeaning | None:
             continue
         for window in (None, *numbers) if causal else (None,):
             meaning = MaskMeaning(causal, padding, window)
-            if all(_agrees(session, f, mask, meaning) for f in _feeds(session, padding, numbers)):
+            if all(_agrees(session, f, meaning) for f in _feeds(session, padding, numbers)):
                 return meaning
+            sloped = _sloped(session, meaning)
+            if sloped is not None and all(
+                _agrees(session, f, sloped) for f in _feeds(session, padding, numbers)
+            ):
+                return sloped
     return None
+
+
+def _sloped(session: ort.InferenceSession, meaning: MaskMeaning) -> MaskMeaning | None:
+    """`meaning` with the slopes that two tokens without padding show; None where there are none."""
+    if meaning.padding is None or not meaning.causal or meaning.window is not None:
+        return None
+    found = _run(session, {i.name: np.ones((1, 2), np.int64) for i in session.get_inputs()})
+    if found is None or found.dtype == bool or found.ndim != 4 or len(found) != 1:
+        return None
+    slopes = tuple(found[0, :, -1, -1].tolist())
+    return dataclasses.replace(meaning, slopes=slopes) if any(slopes) else None
 
 
 def _sources(mask: ir.Value) -> tuple[list[ir.Value], list[int]] | None:
@@ -151,9 +173,15 @@ def _feeds(
         yield feed(rng.integers(0, 2, (1, number + 3)))
 
 
-def _agrees(
-    session: ort.InferenceSession, feed: dict[str, Any], mask: ir.Value, meaning: MaskMeaning
-) -> bool:
+def _run(session: ort.InferenceSession, feed: dict[str, Any]) -> Any:
+    """The mask; None where the part of the graph does not run."""
+    try:
+        return session.run(None, feed)[0]
+    except Exception:  # onnxruntime raises its own, unexported types
+        return None
+
+
+def _agrees(session: ort.InferenceSession, feed: dict[str, Any], meaning: MaskMeaning) -> bool:
     batch, length = next(iter(feed.values())).shape
     keep = np.ones((batch, 1, length, length), bool)
     if meaning.causal:
@@ -162,10 +190,19 @@ def _agrees(
         keep &= np.triu(np.ones((length, length), bool), 1 - meaning.window)
     if meaning.padding is not None:
         keep &= feed[str(meaning.padding.name)].astype(bool)[:, None, None, :]
-    try:
-        found = session.run(None, feed)[0]
-    except Exception:  # onnxruntime raises its own, unexported types
+    found = _run(session, feed)
+    if found is None:
         return False
+    if meaning.slopes is not None:
+        assert meaning.padding is not None
+        slopes = np.array(meaning.slopes, np.float32)[:, None, None]
+        known = feed[str(meaning.padding.name)]
+        added = slopes * (np.cumsum(known, 1) - 1)[:, None, None, :]
+        keep = keep.repeat(len(slopes), axis=1)
+        if found.shape != keep.shape:
+            return False
+        close = np.isclose(found, np.broadcast_to(added, keep.shape), rtol=1e-5, atol=0)
+        return bool(np.where(keep, close, found <= _MASKED).all())
     if found.dtype != bool:
         if not np.all((found == 0) | (found <= _MASKED)):
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Final
 
 import numpy as np
@@ -35,7 +35,8 @@ class KvCache(ir.passes.InPlacePass):
     of the graph. What the mask means is known (`known_mask`), so its subgraph goes:
 
     - causality is the op's own, a sliding window its ``local_window_size``
-    - padding, on either side or between, is an `attention_bias` that all layers share
+    - padding, on either side or between, is an `attention_bias` that all layers share; ALiBi's
+      biases are in it, by a token's place in its row
 
     Shapes that were read off ``attention_mask`` are read off ``input_ids``. A model that has a
     cache already is left as it is.
@@ -65,7 +66,7 @@ class KvCache(ir.passes.InPlacePass):
         assert padding is not None
         if tokens is None or tokens is padding:
             raise ModelError(f"the model cannot have a cache: it has no input {TOKENS}")
-        shared = _shared(model.graph, padding, tokens)
+        shared = _shared(model.graph, padding, tokens, found[0].meaning.slopes)
         for layer, attention in enumerate(found):
             _put(model.graph, attention, layer, shared, self.plan)
         for node in padding.consumers():
@@ -73,7 +74,7 @@ class KvCache(ir.passes.InPlacePass):
                 node.replace_input_with(0, tokens)
         model.graph.opset_imports[CONTRIB] = 1
         drop_unused(model)
-        _check_rest(model.graph, padding, shared)
+        _check_rest(model.graph, padding, shared.nodes)
         dims = dims_of(padding) or [None, None]
         padding.shape = ir.Shape([dims[0], "total_sequence"])
         return ir.passes.PassResult(model, modified=True)
@@ -100,7 +101,7 @@ class _Shared:
     Attributes:
         last: int32 [batch], the index of the newest token.
         total: int32 scalar, tokens in the cache after this step.
-        bias: float [batch, 1, sequence, total], zero or the lowest float16.
+        bias: float [batch, 1 or heads, sequence, total], zero or ALiBi's, or the lowest float16.
         nodes: that make them.
     """
 
@@ -132,6 +133,8 @@ def _attentions(model: ir.Model) -> Iterator[_Attention]:
             raise ModelError(f"{where}its mask {lacks}")
         if any(other.padding is not meaning.padding for other in known.values() if other):
             raise ModelError(f"{where}another layer takes its padding from another input")
+        if any(other.slopes != meaning.slopes for other in known.values() if other):
+            raise ModelError(f"{where}another layer's ALiBi has other slopes")
         attention = _sized(node, meaning)
         if attention is None:
             raise ModelError(f"{where}the form of its attention has no cached op")
@@ -142,9 +145,6 @@ def _sized(node: ir.Node, meaning: MaskMeaning) -> _Attention | None:
     if any(v is not None for v in node.inputs[4:]) or len(node.inputs) < 3:
         return None
     if any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
-        return None
-    softcap = node.attributes.get("softcap")
-    if softcap is not None and softcap.as_float():
         return None
     sizes = [
         _heads(node, v, f"{x}_num_heads")
@@ -173,7 +173,9 @@ def _heads(node: ir.Node, value: ir.Value | None, attribute: str) -> tuple[int, 
     return (count, int(dims[2]) // count) if known else None  # type: ignore[arg-type]
 
 
-def _shared(graph: ir.Graph, padding: ir.Value, tokens: ir.Value) -> _Shared:
+def _shared(
+    graph: ir.Graph, padding: ir.Value, tokens: ir.Value, slopes: tuple[float, ...] | None
+) -> _Shared:
     """The values that all layers read, made at the start of the graph."""
     one = constant(graph, "cache/one", np.array(1, np.int32))
     zero = constant(graph, "cache/kept", np.array(0.0, np.float32))
@@ -188,7 +190,8 @@ def _shared(graph: ir.Graph, padding: ir.Value, tokens: ir.Value) -> _Shared:
     keep = tape.op("Unsqueeze", [tape.op("Cast", [padding], {"to": _BOOL}), axes])
     sequence = tape.op("Shape", [tokens], {"start": 1, "end": 2})
     size = tape.op("Concat", [ones, ones, sequence, ones], {"axis": 0})
-    bias = tape.op("Expand", [tape.op("Where", [keep, zero, hidden]), size])
+    kept = zero if slopes is None else _by_place(graph, tape, padding, axes, slopes)
+    bias = tape.op("Expand", [tape.op("Where", [keep, kept, hidden]), size])
     nodes = tuple(tape.nodes)
     for at, node in enumerate(nodes):
         node.name = f"cache/{at}/{node.op_type}"
@@ -196,6 +199,21 @@ def _shared(graph: ir.Graph, padding: ir.Value, tokens: ir.Value) -> _Shared:
     first = next(iter(graph))
     graph.insert_before(first, nodes)
     return _Shared(last, total, bias, nodes)
+
+
+def _by_place(
+    graph: ir.Graph,
+    tape: ir.tape.Tape,
+    padding: ir.Value,
+    axes: ir.Value,
+    slopes: tuple[float, ...],
+) -> ir.Value:
+    """ALiBi's biases, float [batch, heads, 1, total]: a head's slope times a token's place."""
+    axis = constant(graph, "cache/axis", np.array(1))
+    by_head = constant(graph, "cache/slopes", np.array(slopes, np.float32)[:, None, None])
+    before = tape.op("CumSum", [padding, axis], {"exclusive": 1})
+    places = tape.op("Cast", [before], {"to": int(ir.DataType.FLOAT)})
+    return tape.op("Mul", [tape.op("Unsqueeze", [places, axes]), by_head])
 
 
 def _put(
@@ -225,6 +243,8 @@ def _put(
         "kv_num_heads": attention.groups,
         "scale": _scale(node, size),
     }
+    if cap := node.attributes.get_float("softcap", 0.0):
+        attributes["softcap"] = cap
     if attention.meaning.window is not None:
         attributes["local_window_size"] = attention.meaning.window
     inputs = [q, k, v, *past, shared.last, shared.total, None, None, None, shared.bias]
@@ -310,17 +330,19 @@ def _flattened(
     return merged.outputs[0]
 
 
-def _check_rest(graph: ir.Graph, padding: ir.Value, shared: _Shared) -> None:
+def _check_rest(graph: ir.Graph, padding: ir.Value, known: Collection[ir.Node]) -> None:
     """Refuse whatever else lets one token see another: it would not see the cache."""
     computed = set(graph.inputs)
     for node in graph:
         where = f"{module_path(node)} cannot have a cache: "
         read = computed.intersection(node.inputs)
+        if node in known:
+            continue
         if is_op(node, *_MIXING):
             raise ModelError(f"{where}{node.op_type} goes over the tokens")
         if is_op(node, "MatMul") and len(read) > 1:
             raise ModelError(f"{where}its attention is in a form that is not recognised")
-        if padding in read and node not in shared.nodes:
+        if padding in read:
             raise ModelError(f"{where}its {node.op_type} reads {padding.name}")
         if read:
             computed.update(node.outputs)

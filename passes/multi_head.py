@@ -25,8 +25,8 @@ class MultiHead(ir.passes.InPlacePass):
        mask. Padding is harmless under causality where it comes after the tokens: a token sees
        nothing that comes later, and what rows of padding compute is nobody's. Without causality
        it is where there is none. The condition and the bias are computed once for all layers.
-    3. any other mask, that of a sliding window too -> as `attention_bias`, in the memory-efficient
-       kernel
+    3. any other mask, that of a sliding window or with ALiBi's biases too -> as
+       `attention_bias`, in the memory-efficient kernel
 
     Keys and values of fewer heads than the queries are repeated first. Left as it is: attention
     with a cache, with softcap, with more than one output, in the 4-D form, or under an unknown mask
@@ -100,7 +100,7 @@ def _lower(
     if mask is None or (meaning is not None and {meaning.padding, meaning.window} == {None}):
         one_way = causal or (meaning is not None and meaning.causal)
         result = _attend(before, [q, k, v], attributes | {"unidirectional": int(one_way)})
-    elif meaning is None or meaning.window is not None or (causal and not meaning.causal):
+    elif meaning is None or _adds_more(meaning) or (causal and not meaning.causal):
         if mask not in biases:
             biases[mask] = _bias_of(graph, before, mask)
         bias = [q, k, v, None, None, biases[mask]]
@@ -118,6 +118,10 @@ def _lower(
         made.metadata_props.update(node.metadata_props)
         made.name = f"{node.name}/{at}/{made.op_type}"
     put_for(graph, node.outputs[0], nodes, result)
+
+
+def _adds_more(meaning: MaskMeaning) -> bool:
+    return meaning.window is not None or meaning.slopes is not None
 
 
 def _number(node: ir.Node, name: str, default: float) -> float:

@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused
 from qcompile.passes.integer_matmul import CONTRIB
-from qcompile.passes.matching import made_by
+from qcompile.passes.matching import is_scalar, made_by
 from qcompile.passes.pack_tokens import negative, sort_tokens
 from qcompile.passes.symbolic_shapes import dims_of
 
 from qcompile.errors import ModelError
+from qcompile.names import module_path
 
 _LAST: Final = 5
 _BIAS: Final = 10
@@ -42,8 +43,8 @@ class PackCache(ir.passes.InPlacePass):
     the GPU instead, ONNX Runtime 1.31.1 reads it before its own copy of it has arrived.
 
     Raises:
-        ModelError: an output that is not made for each token, no input that is, or layers that
-            take another padding each.
+        ModelError: an output that is not made for each token, no input that is, layers that take
+            another padding each, or a bias that is of more than padding (ALiBi).
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -52,6 +53,11 @@ class PackCache(ir.passes.InPlacePass):
         if not found:
             return ir.passes.PassResult(model, modified=False)
         padding, rows = _padding(found[0]), (dims_of(found[0].inputs[0]) or [])[:2]
+        if any(_adds(node) for node in found):
+            raise ModelError(
+                f"{module_path(found[0])} cannot have a cache on this target: its scores have "
+                "biases by place (ALiBi), and the kernel takes none"
+            )
         present = {value for node in found for value in node.outputs[1:]}
         for value in graph.outputs:
             if value not in present and (dims_of(value) or [])[:2] != rows:
@@ -96,6 +102,14 @@ class PackCache(ir.passes.InPlacePass):
 def _has_bias(node: ir.Node) -> bool:
     cached = (node.domain, node.op_type) == (CONTRIB, "GroupQueryAttention")
     return cached and len(node.inputs) > _BIAS and node.inputs[_BIAS] is not None
+
+
+def _adds(attention: ir.Node) -> bool:
+    """Whether scores that are not hidden gain anything."""
+    expand = made_by(attention.inputs[_BIAS], "Expand")
+    where = made_by(expand.inputs[0], "Where") if expand is not None else None
+    assert where is not None
+    return not is_scalar(where.inputs[1], 0.0)
 
 
 def _padding(attention: ir.Node) -> ir.Value:

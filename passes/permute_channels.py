@@ -18,6 +18,7 @@ class PermuteChannels(ir.passes.InPlacePass):
 
     1. ``x = f(MatMul(h, V) + b)``, f alike on each channel, ``MatMul(x, W)``
        -> V's columns and b in that order, W's rows too
+    2. the same with smoothing's ``Mul(x, s)`` before the last product -> s in that order, too
 
     In exact arithmetic the graph computes what it did. A consumer is marked in its metadata, so
     that a second run changes nothing.
@@ -33,15 +34,21 @@ class PermuteChannels(ir.passes.InPlacePass):
         for entry in self.plan.entries:
             if entry.permutation is not None:
                 consumers = [linears[name] for name in entry.consumers]
-                modified |= _permute(linears, consumers, entry.site, entry.permutation)
+                inserted = entry.producer is not None and entry.producer.kind == "mul"
+                modified |= _permute(linears, consumers, entry.site, entry.permutation, inserted)
         if modified:
             drop_unused(model)
         return ir.passes.PassResult(model, modified=modified)
 
 
 def _permute(
-    linears: dict[str, Linear], consumers: list[Linear], site: str, permutation: Permutation
+    linears: dict[str, Linear],
+    consumers: list[Linear],
+    site: str,
+    permutation: Permutation,
+    inserted: bool,
 ) -> bool:
+    """`inserted`: whether consumers read a Mul that smoothing put in."""
     if all(_DONE in consumer.matmul.metadata_props for consumer in consumers):
         return False
     for name in permutation.producers:
@@ -50,6 +57,9 @@ def _permute(
         if producer.bias_add is not None:
             at = 0 if producer.bias_add.inputs[0] is not producer.matmul.outputs[0] else 1
             _take(producer.bias_add, at, permutation.order, axis=0)
+    mul = consumers[0].x.producer() if inserted else None
+    if mul is not None:
+        _take(mul, 1, permutation.order, axis=0)
     for consumer in consumers:
         _take(consumer.matmul, 1, permutation.order, axis=0)
         consumer.matmul.metadata_props[_DONE] = site

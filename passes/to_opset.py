@@ -19,7 +19,7 @@ NEWEST: Final = 23
 
 
 class ToOpset(ir.passes.InPlacePass):
-    """State a graph of primitive ops in `opset`.
+    """State a graph of primitive ops, and the bodies in it, in `opset`.
 
     1. axes of a reduction: an input -> an attribute (before 18)
     2. ``Split`` into equal parts -> without `num_outputs` (before 18)
@@ -161,7 +161,9 @@ def _sliced_shape(graph: ir.Graph, node: ir.Node) -> None:
     old.shape = None
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     sliced.replace_input_with(0, old)
-    graph.insert_after(node, [sliced])
+    owner = node.graph
+    assert isinstance(owner, ir.Graph)
+    owner.insert_after(node, [sliced])
     new.name, old.name = old.name, f"{old.name}/whole"
 
 

@@ -75,7 +75,7 @@ def quantize_adaround(
         flat = wanted.reshape(-1, wanted.shape[-1])
         grid, codes = as_grid(started, part)
         grid, codes = refine(flat, grid, codes, gram_, rounds=3)
-        with _threads_for(flat):
+        with threads_for(flat):
             learned = learn_rounding(flat, grid, codes, gram_)
         other, learned = refine(flat, grid, learned, gram_, rounds=3)
         plain = full_range(wanted, bits=bits, symmetric=symmetric)
@@ -132,7 +132,8 @@ def learn_rounding(weight: Array, grid: Grid, codes: Array, gram: Array) -> Arra
 
 
 @contextlib.contextmanager
-def _threads_for(weight: Array) -> Iterator[None]:
+def threads_for(weight: Array) -> Iterator[None]:
+    """One thread for a small `weight`."""
     before = torch.get_num_threads()
     try:
         if weight.size <= _ALONE:

@@ -190,11 +190,9 @@ def main() -> None:
     except QcompileError as error:
         _fail(str(error), 1)
     except Terminated:
-        _fail("terminated", TERMINATED)
+        _fail(f"terminated{_what_was_lost()}", TERMINATED)
     except (KeyboardInterrupt, click.Abort):
-        # Only compiling writes anything, and it is the default.
-        compiling = not sys.argv[1:] or sys.argv[1] not in {*cli.commands} - {"compile"}
-        _fail(f"interrupted{'; nothing was written' if compiling else ''}", _INTERRUPTED)
+        _fail(f"interrupted{_what_was_lost()}", _INTERRUPTED)
     except BrokenPipeError:
         # `qcompile inspect DIR | head`: the reader has gone, and that is no error.
         with contextlib.suppress(OSError):
@@ -205,6 +203,12 @@ def main() -> None:
         _fail(f"{error.strerror or error}{where}", 1)
     except MemoryError:
         _fail("out of memory", 1)
+
+
+def _what_was_lost() -> str:
+    # Only compiling writes anything, and it is the default.
+    compiling = not sys.argv[1:] or sys.argv[1] not in {*cli.commands} - {"compile"}
+    return "; nothing was written" if compiling else ""
 
 
 def _fail(message: str, status: int) -> None:

@@ -144,7 +144,9 @@ from qcompile.errors import ConfigError
 )
 @click.option("--last-logits", is_flag=True, help="With a cache: of a prompt, the last logits.")
 @click.option(
-    "--adapter", type=click.Path(path_type=Path), help="Folder of a PEFT adapter (LoRA) for MODEL."
+    "--adapter",
+    type=click.Path(path_type=Path),
+    help="Folder or hub id of a PEFT adapter (LoRA) for MODEL.",
 )
 @click.option(
     "--keep-adapter",

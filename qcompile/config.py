@@ -6,14 +6,14 @@ import fnmatch
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import pydantic
 import yaml
 
 from qcompile.edge.options import EdgeOptions
 from qcompile.errors import ConfigError
-from qcompile.methods import Method
+from qcompile.methods import OTHERWISE, PER_CHANNEL, Method
 
 Activations: TypeAlias = Literal["static", "dynamic", "token"]
 AdapterMode: TypeAlias = Literal["merge", "keep"]
@@ -56,7 +56,12 @@ class SiteRule(_Frozen):
         } != {None}:  # fmt: skip
             raise ValueError(f"{self.precision} takes no other field")
         if self.method is not None and self.precision is not None and not self.in_blocks:
-            raise ValueError(f"{self.precision} has no methods")
+            if self.precision not in ("w8a8", "llm-int8", "split"):
+                raise ValueError(f"{self.precision} has no methods")
+            if self.method not in PER_CHANNEL:
+                raise ValueError(
+                    f"{self.precision} has no method {self.method}: {OTHERWISE[self.method]}"
+                )
         return self
 
     @classmethod
@@ -162,8 +167,9 @@ class CompileConfig(_Frozen):
             machine is used as it is.
         plan_in: a plan to replay instead of choosing; `plan_out`: where to write the plan.
         ranges: how a static range is drawn from the calibration histogram.
-        method: how weights whose activation stays in float are rounded; a scheme's name may say it
-            too, after a colon.
+        method: how weights are rounded; a scheme's name may say it too, after a colon. None: to
+            nearest where they are in blocks; where activations have codes too, in searched ranges,
+            errors made up for within blocks of channels.
         block_size: of their input channels that share a scale; None: 32.
         symmetric: whether their blocks have no zero points; None: as the method has it.
         outlier_threshold: a channel whose magnitude reaches it in calibration stays in float where
@@ -185,7 +191,7 @@ class CompileConfig(_Frozen):
         cache: a causal language model keeps its keys and values, so that it generates; without,
             its graph gives the logits of every position at once. None: as the scheme has it.
         last_logits: with a cache, the graph gives the logits of each row's last token only.
-        adapter: folder of a PEFT adapter (LoRA) for a Transformers model.
+        adapter: folder or hub id of a PEFT adapter (LoRA) for a Transformers model.
         adapter_mode: ``merge`` it into the weights before they are quantised, or ``keep`` it beside
             them in float.
         strict: a verification that does not hold is an error, not only a line in the report.
@@ -208,7 +214,7 @@ class CompileConfig(_Frozen):
     plan_in: Path | None = None
     plan_out: Path | None = None
     ranges: RangeMethod = "minmax"
-    method: Method = "rtn"
+    method: Method | None = None
     block_size: Literal[32, 64, 128] | None = None
     symmetric: bool | None = None
     outlier_threshold: Annotated[float, pydantic.Field(gt=0)] | None = None
@@ -334,9 +340,22 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2].lower()])
 
 
+_PROBLEMS: Final = {
+    "greater_than_equal": "{value} is below {ge}",
+    "greater_than": "{value} is not above {gt}",
+    "less_than_equal": "{value} is above {le}",
+    "literal_error": "{value!r} is not {expected}",
+    "extra_forbidden": "there is no such option",
+}
+"""What pydantic says at length, by its type of error."""
+
+
 def first_problem(error: pydantic.ValidationError) -> str:
     """The first problem of a pydantic report as one line."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
+    form = _PROBLEMS.get(first["type"])
     message = first["msg"].removeprefix("Value error, ")
+    if form is not None:
+        message = form.format(value=first["input"], **first.get("ctx", {}))
     return f"{where}: {message}" if where else message

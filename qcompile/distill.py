@@ -4,7 +4,7 @@ Layer after layer, the weights and scales of a layer's Linears are learned, so t
 rounded weights hands on what the float one does, given what the rounded layers before it make.
 Nothing but one layer is ever differentiated, and its float form is the teacher. Rounding has the
 gradient of the identity (a straight-through estimator). What was learned is taken where it is
-better on batches that it was not learned from; where there is one batch, on that one.
+better on batches that it was not learned from.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from qcompile.errors import ModelError
+from qcompile.errors import CalibrationError, ModelError
 from qcompile.linears import Linear, Site, find_sites
-from qcompile.passes.constants import constant
 from qcompile.planning import weight_of
 from qcompile.precision import QuantizedWeight
-from qcompile.sequence import Part, advance, parts_before
+from qcompile.sequence import Part, advance, parts_before, read_rounded
 from qcompile.spill import release
 from qcompile.straight_through import LearnedWeight
 from qcompile.torch_graph import (
@@ -81,6 +80,28 @@ def find_layers(graph: ir.Graph) -> list[Layer]:
     return layers
 
 
+def learnable(graph: ir.Graph, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """`batches`, or a single one in two parts: one to learn from, one to judge by.
+
+    Raises:
+        CalibrationError: all there is is one sample, or a batch that cannot be cut.
+    """
+    if len(batches) > 1:
+        return batches
+    whole = batches[0]
+    shapes = [value.shape for value in graph.inputs]
+    lengths = {array.shape[:1] for array in whole.values()}
+    free = all(shape and not isinstance(shape[0], int) for shape in shapes)
+    samples = next(iter(lengths))[0] if free and len(lengths) == 1 else 1
+    if samples < 2:
+        raise CalibrationError(
+            "one sample is too little to distil layers on: some are learned from, others judge",
+            hint="give more calibration data, or another method than lkd",
+        )
+    at = samples - max(samples // ASIDE, 1)
+    return [{k: v[part] for k, v in whole.items()} for part in (slice(at), slice(at, None))]
+
+
 def distill(
     model: ir.Model,
     started: Mapping[str, QuantizedWeight],
@@ -96,7 +117,7 @@ def distill(
     Args:
         model: a float graph; it is cloned, not changed.
         started: weights in blocks.
-        batches: feeds of the graph.
+        batches: feeds of the graph, two at least (`learnable`).
         work: the folder that holds the graph's external weights.
         progress: called with (layers done, layers in all).
 
@@ -128,9 +149,7 @@ def distill(
         found |= own
         for linear in layer.linears:
             if linear.name in own:
-                weight = own[linear.name].dequantized()
-                rounded = constant(model.graph, f"{linear.name}.rounded", weight)
-                linear.matmul.replace_input_with(1, rounded)
+                read_rounded(linear, own[linear.name])
         if len(found) == len(started):
             break
         advance(model, part, alive, work)
@@ -184,7 +203,7 @@ def _distilled(
         for at in range(len(outputs))
     ]
     apart = max(len(alive) // ASIDE, 1)
-    seen = max(len(alive) - apart, 1)
+    seen = len(alive) - apart
 
     def loss(at: int) -> Tensor:
         weights = {node: weight.soft() for node, weight in learned.items()}

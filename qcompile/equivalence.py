@@ -35,16 +35,23 @@ def float_problems(traced: Path, rewritten: Path, feed: Batch) -> list[str]:
         for name, reference in run_outputs(before, inputs).items():
             keep = _real(inputs, reference)
             wanted, got = reference[keep], actual[label][name][keep]
-            largest = float(np.abs(wanted).max(initial=0.0))
-            # Outputs may be truth values, or numbers without a sign.
-            off = np.subtract(wanted, got, dtype=np.float64)
-            difference = float(np.abs(off).max(initial=0.0))
+            largest = float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0.0))
+            difference = largest_difference(wanted, got)
             if not difference <= TOLERANCE * max(largest, 1e-6):
                 problems.append(
                     f"rewriting changed the float model{label}: {name} differs by {difference:.3g} "
                     f"of {largest:.3g}; this is a bug in qcompile"
                 )
     return problems
+
+
+def largest_difference(wanted: np.ndarray, got: np.ndarray) -> float:
+    """Of two arrays of one shape; what is NaN, or the same infinity, in both does not differ."""
+    # Outputs may be truth values, or numbers without a sign.
+    first, second = (np.asarray(array, np.float64) for array in (wanted, got))
+    same = (first == second) | (np.isnan(first) & np.isnan(second))
+    off = np.subtract(first, second, out=np.zeros_like(first), where=~same)
+    return float(np.abs(off).max(initial=0.0))
 
 
 def _padded(feed: Batch) -> Batch | None:

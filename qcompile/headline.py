@@ -40,7 +40,8 @@ def headline(report: Report) -> dict[str, str]:
         rows |= dict(_cache_rows(report.cache))
     for speed in report.speed:
         rows[f"speed at {speed.shape}"] = speed_text(report, speed)
-    rows["measured on"] = f"{report.held_back} held-back samples ({report.calibration})"
+    what = "samples that calibrated, too" if report.seen else "held-back samples"
+    rows["measured on"] = f"{report.held_back} {what} ({report.calibration})"
     return rows
 
 

@@ -14,8 +14,11 @@ from qcompile.config import CompileConfig
 from qcompile.costs import open_costs
 from qcompile.edge.options import EdgeOptions
 from qcompile.errors import ConfigError, ModelError, check_reachable
+from qcompile.hub import model_folder
+from qcompile.methods import PER_CHANNEL
 from qcompile.planfile import PlanFile
-from qcompile.schemes import Scheme
+from qcompile.schemes import Scheme, check_method
+from qcompile.shapes import check_lengths
 from qcompile.targets import Target
 from qcompile.traced import LOGITS, POSITIONS, TracedModel
 from qcompile.verify import Verification
@@ -93,13 +96,16 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
         raise ConfigError(f"scheme {scheme.name} {what}, so bias_correction has no effect")
     if target.obstacle is not None:
         raise ConfigError(target.obstacle)
-    if scheme.method is not None and config.method not in ("rtn", scheme.method):
+    if scheme.method is not None and config.method not in (None, scheme.method):
         raise ConfigError(f"scheme {scheme.name} and method {config.method} contradict each other")
     in_blocks = scheme.in_blocks or any(rule.in_blocks for _, rule in config.recipe.rules)
+    if config.method is not None and not in_blocks:
+        check_method(scheme, config.method)
     for field in ("method", "block_size", "symmetric"):
         asked = getattr(config, field) != CompileConfig.model_fields[field].default
         sized = field == "block_size" and bool(scheme.labels) and not scheme.keeps
-        if asked and not (in_blocks or sized or (field == "symmetric" and scheme.modes)):
+        also = (field == "symmetric" and scheme.modes) or (field == "method" and scheme.methods)
+        if asked and not (in_blocks or sized or also):
             why = "rounds nothing" if scheme.keeps else "has no weights in blocks"
             raise ConfigError(f"scheme {scheme.name} {why}, so {field} has no effect")
     if scheme.quantizes and not scheme.modes and not config.recipe.codes:
@@ -144,18 +150,22 @@ def check_target(target: Target, scheme: Scheme, config: CompileConfig) -> None:
 
 
 def check_seq_len(source: object, calibration: object, config: CompileConfig) -> None:
-    """Refuse samples of more tokens than the model has positions, before it is traced for minutes.
+    """Refuse samples and shapes of more tokens than the model has positions, before it is traced
+    for minutes.
 
-    What cannot be told from the ``config.json`` of a folder is told later.
+    What cannot be told from a model's ``config.json`` is told later.
 
     Raises:
         ConfigError: they are longer.
+        ModelError: a hub id whose configuration cannot be had.
     """
     arrays = calibration is not None and not (
         isinstance(calibration, str | Path) and Path(calibration).suffix in (".txt", ".jsonl")
     )
-    path = Path(source) / "config.json" if isinstance(source, str | Path) else None
-    if arrays or config.edge.shapes or path is None or not path.is_file():
+    if not isinstance(source, str | Path):
+        return
+    path = model_folder(str(source)) / "config.json"
+    if not path.is_file():
         return
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -163,7 +173,9 @@ def check_seq_len(source: object, calibration: object, config: CompileConfig) ->
         return  # said by what reads it
     found = [settings.get(n) for n in POSITIONS] if isinstance(settings, dict) else []
     positions = next((n for n in found if isinstance(n, int) and n > 0), None)
-    check_positions(config.seq_len, positions, path.parent.name)
+    check_lengths(config.shapes, positions)
+    if not arrays and not config.edge.shapes:
+        check_positions(config.seq_len, positions, Path(source).name)
 
 
 def _check_outliers(scheme: Scheme, config: CompileConfig) -> None:
@@ -273,13 +285,16 @@ def check_edge(target: Target, config: CompileConfig) -> None:
         return
     for field in (
         *("activations", "objective", "max_kl", "min_speedup", "costs", "plan_in"),
-        *("plan_out", "shapes", "cache", "last_logits", "block_size", "symmetric", "method"),
+        *("plan_out", "shapes", "cache", "last_logits", "block_size", "symmetric"),
     ):
         given, default = getattr(config, field), CompileConfig.model_fields[field].default
         if given != default and (field, given) not in _EDGE_TAKES:
             raise ConfigError(f"{field} has no effect on target {target.name}")
-    rule = next((rule for _, rule in config.recipe.rules if rule.precision != "float"), None)
-    if rule is not None:
-        raise ConfigError(
-            f"a recipe for target {target.name} says only which modules stay in float"
-        )
+    for _, rule in config.recipe.rules:
+        said = rule.model_dump(exclude_none=True)
+        rounds = said.pop("method", None) in PER_CHANNEL and said in ({}, {"precision": "w8a8"})
+        if not rounds and said != {"precision": "float"}:
+            raise ConfigError(
+                f"a recipe for target {target.name} says only which modules stay in float, and by "
+                "which method others are rounded: w8a8:gptq"
+            )

@@ -1,5 +1,4 @@
-"""Methods that find the codes of a weight whose activation stays in float: what may follow a
-scheme's name after a colon."""
+"""Methods that find the codes of weights: what may follow a scheme's name after a colon."""
 
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ Method: TypeAlias = Literal[
 METHODS: Final[tuple[Method, ...]] = get_args(Method)
 
 SUMMARIES: Final[dict[Method, str]] = {
-    "rtn": "each weight to the nearest code; the default",
-    "mse": "a smaller range per block where that lessens its squared error",
+    "rtn": "each weight to the nearest code; the default of blocks",
+    "mse": "a smaller range where that lessens the squared error",
     "hqq": "half-quadratic zero points, no data (Badri and Shaji, 2023)",
     "awq": "input channels scaled by what calibration saw, ranges searched (arXiv 2306.00978)",
     "gptq": "errors made up for by the weights rounded later, layer after layer (arXiv 2210.17323)",
@@ -32,6 +31,18 @@ SEQUENTIAL: Final[tuple[Method, ...]] = ("gptq", "awq+gptq", "adaround", "lkd", 
 CALIBRATED: Final[tuple[Method, ...]] = ("awq", "gptq", "awq+gptq", "adaround", "lkd", "spqr")
 """Methods that look at calibration data."""
 
+PER_CHANNEL: Final[tuple[Method, ...]] = ("rtn", "mse", "gptq", "adaround")
+"""Methods for weights with a scale per output channel, where activations have codes, too."""
+
+OTHERWISE: Final[dict[Method, str]] = {
+    "hqq": "it moves zero points, and these weights have none",
+    "awq": "it scales input channels, as --smooth does there",
+    "awq+gptq": "it scales input channels, as --smooth does there",
+    "lkd": "it is for weights in blocks, as scheme zeroquant has them",
+    "spqr": "scheme llm-int8 keeps input channels in float beside int8",
+}
+"""Why the others are not."""
+
 UNAVAILABLE: Final[dict[str, str]] = {
     "spqr-sparse": "ONNX Runtime has no fast product of a sparse matrix: single weights in float "
     "would cost as much as all",
@@ -42,7 +53,7 @@ UNAVAILABLE: Final[dict[str, str]] = {
 BLOCK_SIZES: Final = (32, 64, 128)
 
 
-def is_symmetric(method: Method, asked: bool | None) -> bool:
+def is_symmetric(method: Method | None, asked: bool | None) -> bool:
     """Whether blocks have no zero point: as asked, else only where weights are rounded to nearest,
     whose artifacts stay what they were."""
-    return method == "rtn" if asked is None else asked
+    return method in (None, "rtn") if asked is None else asked

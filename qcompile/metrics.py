@@ -42,6 +42,7 @@ class Accuracy:
     finite: bool = True
     reference_finite: bool = True
 
+    @np.errstate(invalid="ignore")  # of what is not finite there are no figures, but a sentence
     def add_all(
         self, feed: Batch, reference: Mapping[str, Array], actual: Mapping[str, Array]
     ) -> None:
@@ -56,15 +57,14 @@ class Accuracy:
                 self.add(feed, expected, actual[name])
             else:
                 expected, found = _as_numbers(expected), _as_numbers(actual[name])
-                self.finite = self.finite and bool(np.isfinite(found).all())
+                self._note_infinite(expected, found)
                 rows = len(expected)
                 self._add_vectors(expected.reshape(rows, -1), found.reshape(rows, -1))
 
     def add(self, feed: Batch, reference: Array, actual: Array) -> None:
         """Compare one batch of outputs, of equal shapes [batch, ...]."""
         reference, actual = _as_numbers(reference), _as_numbers(actual)
-        self.finite = self.finite and bool(np.isfinite(actual).all())
-        self.reference_finite = self.reference_finite and bool(np.isfinite(reference).all())
+        self._note_infinite(reference, actual)
         difference = reference - actual
         self.signal += float(np.square(reference, dtype=np.float64).sum())
         self.noise += float(np.square(difference, dtype=np.float64).sum())
@@ -77,6 +77,10 @@ class Accuracy:
             self._add_vectors(
                 reference.reshape(len(reference), -1), actual.reshape(len(actual), -1)
             )
+
+    def _note_infinite(self, reference: Array, actual: Array) -> None:
+        self.finite = self.finite and bool(np.isfinite(actual).all())
+        self.reference_finite = self.reference_finite and bool(np.isfinite(reference).all())
 
     def _add_logits(self, feed: Batch, reference: Array, actual: Array) -> None:
         classes = reference.shape[-1]

@@ -18,7 +18,7 @@ from qcompile.methods import FOLDED
 from qcompile.outliers import can_split
 from qcompile.precision import CODED, Choice, Label
 from qcompile.rounding import rounding_of
-from qcompile.schemes import Scheme
+from qcompile.schemes import Scheme, check_method
 from qcompile.targets.base import Target
 
 _NAMED: Final[Mapping[str, Label]] = {
@@ -197,11 +197,13 @@ def _check_recipe(sites: list[Site], config: CompileConfig, scheme: Scheme, targ
                 "activations",
                 hint="add `precision: w8a8`",
             )
-        if rule.method is not None and rule.precision is None and not scheme.has_methods:
-            raise ConfigError(
-                f"recipe rule {glob!r} gives a method, and scheme {scheme.name} has none",
-                hint="add `precision: w4a16`",
-            )
+        if rule.method is not None and rule.precision is None:
+            if not scheme.methods:
+                raise ConfigError(
+                    f"recipe rule {glob!r} gives a method, and scheme {scheme.name} has none",
+                    hint="add `precision: w4a16`",
+                )
+            check_method(scheme, rule.method)
         modes = [_modes(name, config, target) for name in matched]
         if rule.ranges is not None and all("static" not in found for found in modes):
             raise ConfigError(

@@ -55,6 +55,7 @@ from qcompile.passes.packed_attention import PackedAttention
 from qcompile.passes.permute_channels import PermuteChannels
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.smooth_quant import SmoothQuant
+from qcompile.passes.unmerge_heads import UnmergeHeads
 from qcompile.passes.untie import Untie
 from qcompile.planfile import PLAN, PlanFile
 from qcompile.planning import float_plan, plan_precision
@@ -87,6 +88,7 @@ def canonicalize(kept: Collection[str] = ()) -> list[ir.passes.InPlacePass]:
         FuseLayerNorm(),
         FuseRmsNorm(),
         FuseGelu(),
+        UnmergeHeads(),
         FuseAttention(),
         AttentionTo3D(),
         CanonicalLinear(kept),
@@ -338,7 +340,7 @@ def _apply(
         release(model.ir)
     with phases.phase("quantize") as step:
         codes = find_codes(
-            graph, chosen, stats, smoothing, config, data.calibration, work, step, kept
+            graph, chosen, stats, smoothing, config, target, data.calibration, work, step, kept
         )
         plan = plan_precision(
             find_sites(graph.graph), stats, smoothing, chosen, config, target, codes=codes,

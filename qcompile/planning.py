@@ -16,6 +16,7 @@ from qcompile.decomposition import without
 from qcompile.e4m3 import e4m3_scale, quantize_e4m3
 from qcompile.float4 import BLOCK_SIZE, as_float4, quantize_float4
 from qcompile.linears import Linear, Site
+from qcompile.methods import SEQUENTIAL
 from qcompile.outliers import find_split
 from qcompile.precision import (
     ActivationQuant,
@@ -29,7 +30,7 @@ from qcompile.precision import (
     uint8_affine,
     uint8_symmetric,
 )
-from qcompile.rounding import rounding_of
+from qcompile.rounding import channel_method, rounding_of
 from qcompile.smoothing import Smoothing, SmoothingPlan
 from qcompile.targets.base import Target
 from qcompile.weight_blocks import quantize_blocks
@@ -74,15 +75,7 @@ def plan_precision(
         quantized = [linear for linear in site.linears if chosen[linear.name].mode is not None]
         activation = neighbours = None
         if quantized:
-            entry = smoothing.of(site.name)
-            seen = stats[site.name].scaled(smoothing.scale_of(site.name))
-            if entry is not None and entry.permutation is not None:
-                seen = seen.permuted(entry.permutation.order)
-            activation = plan_activation(
-                site, quantized[0], chosen, seen, config, symmetric=target.symmetric
-            )
-            if entry is not None and entry.kept is not None:
-                activation = dataclasses.replace(activation, kept=entry.places)
+            activation, seen = activation_of(site, stats, smoothing, chosen, config, target)
             split, moment, gram = activation.split, seen.second_moment, seen.gram
             if activation.kept is not None:
                 gram = without(gram, activation.kept)
@@ -95,24 +88,22 @@ def plan_precision(
         for linear in site.linears:
             choice = chosen[linear.name]
             weight = None
-            if choice.precision == "fp8":
+            if codes is not None and linear.name in codes:
+                weight = codes[linear.name]
+            elif choice.precision == "fp8":
                 weight = quantize_e4m3(weights(linear))
             elif choice.mode is not None:
                 assert activation is not None
-                exact = weights(linear)
-                rounded, kept = exact, None
-                if activation.split is not None:
-                    rounded = activation.split.extend(exact)
-                elif activation.kept is not None:
-                    kept = Kept(activation.kept, exact[activation.kept].astype(np.float32))
-                    rounded = exact.copy()
-                    rounded[kept.channels] = 0
+                rounded, kept = to_round(weights(linear), activation)
+                method = channel_method(linear.name, choice, config)
                 weight = quantize_weight(
-                    rounded, moment, activation.highest if target.saturates else None, neighbours
+                    rounded,
+                    moment,
+                    activation.highest if target.saturates else None,
+                    neighbours if method not in ("rtn", "mse") else None,
+                    searched=method != "rtn",
                 )
                 weight = dataclasses.replace(weight, kept=kept)
-            elif codes is not None and linear.name in codes:
-                weight = codes[linear.name]
             elif (kind := as_float4(choice.precision)) is not None:
                 size = config.block_size or BLOCK_SIZE
                 weight = quantize_float4(weights(linear), kind, block_size=size)
@@ -130,7 +121,7 @@ def plan_precision(
                     name=linear.name,
                     site=site.name,
                     precision=choice.precision,
-                    reason=_reason(choice, weight, smoothing.of(site.name)),
+                    reason=_reason(linear.name, choice, weight, smoothing.of(site.name), config),
                     in_features=linear.in_features,
                     out_features=linear.out_features,
                     output=str(linear.output.name),
@@ -142,8 +133,49 @@ def plan_precision(
     return PrecisionPlan(tuple(site_plans), tuple(ops), target.floats)
 
 
-def _reason(choice: Choice, weight: QuantizedWeight | None, entry: Smoothing | None) -> str:
+def activation_of(
+    site: Site,
+    stats: Mapping[str, Stats],
+    smoothing: SmoothingPlan,
+    chosen: Mapping[str, Choice],
+    config: CompileConfig,
+    target: Target,
+) -> tuple[ActivationQuant, Stats]:
+    """How the activation of `site`, which something reads quantised, is quantised, and its
+    statistics as smoothing leaves it; arguments as for `plan_precision`."""
+    entry = smoothing.of(site.name)
+    seen = stats[site.name].scaled(smoothing.scale_of(site.name))
+    if entry is not None and entry.permutation is not None:
+        seen = seen.permuted(entry.permutation.order)
+    reader = next(linear for linear in site.linears if chosen[linear.name].mode is not None)
+    activation = plan_activation(site, reader, chosen, seen, config, symmetric=target.symmetric)
+    if entry is not None and entry.kept is not None:
+        activation = dataclasses.replace(activation, kept=entry.places)
+    return activation, seen
+
+
+def to_round(weight: Array, activation: ActivationQuant) -> tuple[Array, Kept | None]:
+    """What of `weight` [K, N] gets codes beside `activation`, [K and copies, N], and what stays."""
+    if activation.split is not None:
+        return activation.split.extend(weight), None
+    if activation.kept is None:
+        return weight, None
+    kept = Kept(activation.kept, weight[activation.kept].astype(np.float32))
+    rounded = weight.copy()
+    rounded[kept.channels] = 0
+    return rounded, kept
+
+
+def _reason(
+    name: str,
+    choice: Choice,
+    weight: QuantizedWeight | None,
+    entry: Smoothing | None,
+    config: CompileConfig,
+) -> str:
     """That of the choice, and of what it became where that is something else."""
+    if choice.label == "split" and channel_method(name, choice, config) in SEQUENTIAL:
+        return f"{choice.reason}; split channels are rounded as without a method"
     if choice.label == "llm-int8" and entry is not None:
         return f"{choice.reason}; {entry.reason}"
     if weight is not None and weight.kept is not None:

@@ -98,17 +98,17 @@ def find_ranges(
         smoothing: what was decided.
     """
     smoothed = {linear.name: linear for linear in find_linears(after.graph)}
-    found = Ranges(
-        sites=[
-            _site(site, stats[site.name], smoothing.scale_of(site.name))
-            for site in find_sites(before.graph)
-            if site.name in stats
-        ],
-        weights=[_weight(one, smoothed[one.name]) for one in find_linears(before.graph)],
-    )
-    release(before)
-    release(after)
-    return found
+    sites = [
+        _site(site, stats[site.name], smoothing.scale_of(site.name))
+        for site in find_sites(before.graph)
+        if site.name in stats
+    ]
+    weights = []
+    for one in find_linears(before.graph):
+        weights.append(_weight(one, smoothed[one.name]))
+        release(before)
+        release(after)
+    return Ranges(sites=sites, weights=weights)
 
 
 def _site(site: Site, stats: Stats, scale: Array) -> SiteRanges:

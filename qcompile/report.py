@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pydantic
 
@@ -120,11 +120,13 @@ class OpRow(_Model):
     `sqnr_db` compares the op's output with the float graph's, so it holds the errors of all ops
     before it too. `saturation_safe` says whether no input can overflow the 16-bit sums of a
     kernel without VNNI: ``always``, ``calibrated range`` or ``no``. `label` is what was chosen,
-    `bytes` are those of the weight as it is stored, `kept` of its input channels stay in float.
+    `bytes` are those of the weight as it is stored, `kept` of its input channels stay in float. On
+    `onnx-edge` `precision` is ``int4`` where weights have four bits, ``int16`` where activations
+    have sixteen.
     """
 
     name: str
-    precision: Precision
+    precision: Precision | Literal["int4", "int16"]
     reason: str
     shape: tuple[int, int]
     label: Label | None = None
@@ -237,6 +239,8 @@ class Report(_Model):
     calibration: str
     samples: int
     held_back: int
+    seen: bool = False
+    """Whether what accuracy was measured on calibrated, too: there was a single sample."""
     warnings: list[str] = []
     refusals: list[str] = []
     bytes_float: int = 0

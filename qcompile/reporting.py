@@ -87,6 +87,7 @@ def make_report(
         calibration=data.origin,
         samples=data.samples,
         held_back=sum(len(next(iter(batch.values()))) for batch in data.held_back),
+        seen=data.seen,
         warnings=warnings + findings.problems,
         refusals=[
             f"{entry.site}: {entry.reason}"

@@ -7,8 +7,8 @@ from typing import Final
 
 from qcompile.config import Activations
 from qcompile.errors import ConfigError
-from qcompile.methods import METHODS, UNAVAILABLE, Method
-from qcompile.precision import FP8, MODES, Choice, Floats, Label
+from qcompile.methods import METHODS, OTHERWISE, PER_CHANNEL, UNAVAILABLE, Method
+from qcompile.precision import FP8, INT8, MODES, Choice, Floats, Label
 
 DEFAULT: Final = "w8a8"
 KEPT: Final = "checkpoint"
@@ -25,8 +25,7 @@ class Scheme:
         labels: the implementations that it names; of several modes, the target says which first.
         floats: the type of what stays floating point; None: the one that the target is fastest in.
         cache_bits: of the codes that keys and values are kept in; None: they are kept in float.
-        method: how weights are rounded whose activation stays in float; None: the configuration
-            says.
+        method: how weights are rounded; None: the configuration says.
     """
 
     name: str
@@ -48,9 +47,13 @@ class Scheme:
         return in_blocks and not self.keeps
 
     @property
-    def has_methods(self) -> bool:
-        """Whether its name leaves open how."""
-        return self.in_blocks and SCHEMES[self.base].method is None
+    def methods(self) -> tuple[Method, ...]:
+        """How its weights may be rounded, where its name leaves that open."""
+        if SCHEMES[self.base].method is not None:
+            return ()
+        if self.in_blocks:
+            return METHODS
+        return PER_CHANNEL if set(self.labels) & set(INT8) else ()
 
     @property
     def keeps(self) -> bool:
@@ -126,17 +129,32 @@ def get_scheme(name: str) -> Scheme:
             "double quantisation of the scales: ONNX Runtime's MatMulBnb4 takes them as floats",
             hint=f"{scheme.name} has 4.5 bits a weight in blocks of 64; --block-size 128 has 4.25",
         )
-    if scheme.has_methods and method in UNAVAILABLE:
+    if scheme.in_blocks and scheme.methods and method in UNAVAILABLE:
         raise ConfigError(
             f"{method}: {UNAVAILABLE[method]}", hint=f"{whole}:spqr keeps whole input channels"
         )
     known = next((each for each in METHODS if each == method), None)
-    if colon and not scheme.has_methods:
+    if colon and not scheme.methods:
         raise ConfigError(f"scheme {scheme.name} has no methods, so {method!r} has no effect")
     if colon and known is None:
-        raise ConfigError(f"unknown method {method!r}", hint=f"one of {', '.join(METHODS)}")
+        raise ConfigError(f"unknown method {method!r}", hint=f"one of {', '.join(scheme.methods)}")
+    if known is not None:
+        check_method(scheme, known)
     method_ = known or scheme.method
     return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix), method=method_)
+
+
+def check_method(scheme: Scheme, method: Method) -> None:
+    """Refuse a `method` that is not for the weights of `scheme`.
+
+    Raises:
+        ConfigError: says why.
+    """
+    if scheme.methods and method not in scheme.methods:
+        raise ConfigError(
+            f"scheme {scheme.base} has no method {method}: {OTHERWISE[method]}",
+            hint=f"one of {', '.join(scheme.methods)}",
+        )
 
 
 def parse_schemes(text: str) -> list[str]:

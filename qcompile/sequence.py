@@ -17,8 +17,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.errors import CalibrationError
-from qcompile.linears import Linear, Site, find_sites
-from qcompile.passes.constants import constant
+from qcompile.linears import Linear, Site, find_linears, find_sites
+from qcompile.passes.constants import derived
 from qcompile.precision import QuantizedWeight
 from qcompile.session import open_session
 from qcompile.spill import release
@@ -42,6 +42,7 @@ def round_in_sequence(
     work: Path,
     round_: Round,
     progress: Callable[[int, int], None] | None = None,
+    find: Callable[[ir.Graph], list[Site]] = find_sites,
 ) -> dict[str, QuantizedWeight]:
     """Codes of the Linears `names`, each found on inputs that the rounded ones before it make.
 
@@ -52,12 +53,13 @@ def round_in_sequence(
         work: the folder that holds the graph's external weights.
         round_: rounds one Linear.
         progress: called with (sites done, sites in all).
+        find: the Linears of a graph.
 
     Raises:
         CalibrationError: an activation is NaN or infinite on this data.
     """
     model = model.clone()
-    sites = [site for site in find_sites(model.graph) if names & {x.name for x in site.linears}]
+    sites = [site for site in find(model.graph) if names & {x.name for x in site.linears}]
     alive: list[Batch] = [dict(batch) for batch in batches]
     found: dict[str, QuantizedWeight] = {}
     for done, (site, part) in enumerate(_parts(model, sites)):
@@ -68,8 +70,7 @@ def round_in_sequence(
                 continue
             weight = round_(linear, gram)
             found[linear.name] = weight
-            own = constant(model.graph, f"{linear.name}.rounded", weight.dequantized())
-            linear.matmul.replace_input_with(1, own)
+            read_rounded(linear, weight)
         release(model)
         if progress:
             progress(done + 1, len(sites))
@@ -88,8 +89,16 @@ def _parts(model: ir.Model, sites: Sequence[Site]) -> Iterator[tuple[Site, Part]
 
 def parts_before(model: ir.Model, places: Sequence[int]) -> Iterator[Part]:
     """What leads to the cut before the node at each of `places`, ascending, from the cut before
-    it; the number of nodes stands for the end."""
+    it; the number of nodes stands for the end.
+
+    What depends on no input, a transposed weight, is not handed on: it would be kept once a batch.
+    Whatever reads it computes it again. Only a site's own input always is.
+    """
     nodes = list(model.graph)
+    fed = {*model.graph.inputs, *(linear.x for linear in find_linears(model.graph))}
+    for node in nodes:
+        if not fed.isdisjoint(_reads(node)):
+            fed.update(node.outputs)
     last_use: dict[ir.Value, int] = {}
     for at, node in enumerate(nodes):
         for value in _reads(node):
@@ -103,7 +112,7 @@ def parts_before(model: ir.Model, places: Sequence[int]) -> Iterator[Part]:
         # node lies between.
         stop = max(start, place)
         between = (value for node in nodes[start:stop] for value in node.outputs)
-        made = [value for value in between if last_use.get(value, -1) >= stop]
+        made = [v for v in between if v in fed and last_use.get(v, -1) >= stop]
         kept = [value for value in known if last_use[value] >= stop]
         after = [*kept, *made]
         yield _names(known), _names(made), _names(after)
@@ -144,6 +153,14 @@ def advance(model: ir.Model, part: Part, alive: list[Batch], work: Path) -> None
             batch.update(zip(made, session.run(made, feed), strict=True))
         for name in set(batch) - set(kept):
             del batch[name]
+
+
+def read_rounded(linear: Linear, weight: QuantizedWeight) -> None:
+    """Make `linear` read what the codes of `weight` stand for, computed when a graph is written:
+    one in RAM for every Linear would be the model once more."""
+    shape = (linear.in_features, linear.out_features)
+    own = derived(linear.weight, "rounded", lambda _: weight.dequantized(), shape)
+    linear.matmul.replace_input_with(1, own)
 
 
 def gram_of(alive: Sequence[Batch], site: Site) -> Array:

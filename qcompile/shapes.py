@@ -52,10 +52,19 @@ def check_shapes(shapes: Sequence[Shape], model: TracedModel) -> None:
                     f"shape {shape[0]}x{shape[1]} does not fit input {spec.name}, which is "
                     + "x".join(map(str, spec.shape))
                 )
+    check_lengths(shapes, model.max_length)
+
+
+def check_lengths(shapes: Sequence[Shape], positions: int | None) -> None:
+    """Refuse shapes of more tokens than a model has `positions`; None: it has any number.
+
+    Raises:
+        ConfigError: naming the shape.
+    """
     for batch, sequence in shapes:
-        if model.max_length is not None and sequence > model.max_length:
+        if positions is not None and sequence > positions:
             raise ConfigError(
-                f"shape {batch}x{sequence} is longer than the model's {model.max_length} positions"
+                f"shape {batch}x{sequence} is longer than the model's {positions} positions"
             )
 
 

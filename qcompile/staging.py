@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Final
 
 from qcompile.errors import OutputError
+from qcompile.terminating import Terminated
 
 COMPARISON: Final = "qcompile-compare.json"
 """What tells a folder of several artifacts from somebody's own."""
@@ -53,8 +54,9 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[tuple[Path, Path]]:
             scratch.mkdir()
             yield artifact, scratch
             check_output(output, overwrite=overwrite)
-            if interrupted():
-                raise KeyboardInterrupt
+            number = interrupted()
+            if number is not None:
+                raise _asked_by(number)
             _replace(artifact, output, root)
     except OSError as error:
         if _disk_full(error, output.parent):
@@ -115,32 +117,36 @@ def _disk_full(error: OSError, folder: Path) -> bool:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """SIGTERM cleans up as Ctrl-C does, and neither is lost. Yields whether one was asked for.
+def _interrupts() -> Iterator[Callable[[], int | None]]:
+    """SIGTERM cleans up as Ctrl-C does, and neither is lost. Yields which was asked for.
 
     Python drops an exception that a destructor or weakref callback raises, an interrupt too. One
     that is dropped is delivered again a little later.
     """
     if threading.current_thread() is not threading.main_thread():  # only it may set handlers
-        yield lambda: False
+        yield lambda: None
         return
-    asked = threading.Event()
+    asked: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        raise KeyboardInterrupt
+        asked.append(number)
+        raise _asked_by(number)
 
     def again(dropped: sys.UnraisableHookArgs) -> None:
-        if asked.is_set() and issubclass(dropped.exc_type, KeyboardInterrupt):
-            threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main).start()
+        if asked and issubclass(dropped.exc_type, (KeyboardInterrupt, Terminated)):
+            threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main, asked[-1:]).start()
         else:
             hook(dropped)
 
     hook, sys.unraisablehook = sys.unraisablehook, again
     before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
     try:
-        yield asked.is_set
+        yield lambda: asked[-1] if asked else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         sys.unraisablehook = hook
+
+
+def _asked_by(number: int) -> BaseException:
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()

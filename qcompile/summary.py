@@ -13,7 +13,7 @@ from qcompile.artifact import PAGE, Artifact
 from qcompile.benching import Rate
 from qcompile.comparing import Row
 from qcompile.headline import FIGURES, headline, megabytes
-from qcompile.methods import SUMMARIES
+from qcompile.methods import METHODS, PER_CHANNEL, SUMMARIES
 from qcompile.precision import LABELS
 from qcompile.report import CandidateRow, Planning, Report
 from qcompile.schemes import CACHES, SCHEMES
@@ -152,10 +152,11 @@ def scheme_lines() -> Iterator[str]:
     """Every scheme, and what may follow its name."""
     for scheme in SCHEMES.values():
         yield f"{scheme.name:10} {scheme.summary}"
-    having = " and ".join(s.name for s in SCHEMES.values() if s.has_methods)
-    yield f"Methods of {having}, after a colon:"
+    having = ", ".join(s.name for s in SCHEMES.values() if s.methods == METHODS)
+    coded = ", ".join(s.name for s in SCHEMES.values() if s.methods == PER_CHANNEL)
+    yield f"Methods of {having}, and of {coded} where marked, after a colon:"
     for method, summary in SUMMARIES.items():
-        yield f"  :{method:9} {summary}"
+        yield f"  :{method:9}{'*' if method in PER_CHANNEL else ' '} {summary}"
     for suffix, bits in CACHES.items():
         yield f"…{suffix:9} any of these, keys and values kept in {bits} bits"
 

@@ -18,7 +18,7 @@ class Terminated(BaseException):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated`; `staged` turns it into an interrupt where it cleans up itself.
+    """SIGTERM raises `Terminated`.
 
     Only the main thread may set handlers; in another, nothing changes.
     """

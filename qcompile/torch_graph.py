@@ -123,8 +123,6 @@ def _attention(node: ir.Node, inputs: _Inputs) -> Tensor:
     query, key, value, mask = (*inputs[:4], None)[:4]
     if any(v is not None for v in inputs[4:]):
         raise UnsupportedOpError("Attention with a cache")
-    if node.attributes.get_float("softcap", 0.0):
-        raise UnsupportedOpError("Attention with softcap")
     flat = query.dim() == 3
     heads = node.attributes.get_int("q_num_heads", 0)
     kv_heads = node.attributes.get_int("kv_num_heads", heads)
@@ -137,6 +135,8 @@ def _attention(node: ir.Node, inputs: _Inputs) -> Tensor:
     key, value = (t.repeat_interleave(repeat, dim=1) for t in (key, value))
     scale = node.attributes.get_float("scale", 1.0 / math.sqrt(query.shape[-1]))
     scores = query @ key.transpose(-1, -2) * scale
+    if cap := node.attributes.get_float("softcap", 0.0):
+        scores = cap * torch.tanh(scores / cap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     if node.attributes.get_int("is_causal", 0):

@@ -24,10 +24,14 @@ Array = npt.NDArray[Any]
 
 LEVELS: Final = 127
 LIMIT: Final = 32767
-_SHRINK: Final = 0.80
-_STEPS: Final = 8
+ENDS: Final = {8: (-LEVELS, LEVELS), 4: (-8, 7)}
+"""The codes of so many bits: of eight, as many on either side."""
+
+_SHRINK: Final = {8: 0.80, 4: 0.50}
+_STEPS: Final = {8: 8, 4: 11}
 _BLOCK: Final = 256
 _LAZY: Final = 16
+_PAIRED: Final = 128  # input channels whose products are held at once, of all outputs
 _ROW: Final = 4096  # values that are rounded at once: few calls, and rows that stay in the cache
 _DAMPING: Final = 0.01
 _HUGE: Final = 1e30
@@ -61,6 +65,9 @@ def quantize_weight(
     second_moment: Array | None = None,
     highest: Array | None = None,
     neighbours: Neighbours | None = None,
+    *,
+    bits: int = 8,
+    searched: bool = True,
 ) -> QuantizedWeight:
     """Quantise ``W [K, N]``, each output channel with the scale of least error.
 
@@ -73,6 +80,9 @@ def quantize_weight(
             output. None weighs all alike.
         highest: the highest uint8 code of each input channel, [K]. None: no constraint.
         neighbours: of the input channels; None rounds each weight for itself.
+        bits: 8 or 4.
+        searched: whether a scale may clip weights; else the largest is the largest code, or less
+            for the sake of a pair.
 
     Returns:
         int8 codes [K, N] and float32 scale [N]. Time and memory are bounded by blocks of output
@@ -90,13 +100,13 @@ def quantize_weight(
     for start in range(0, width, _BLOCK):
         part = slice(start, start + _BLOCK)
         block = _apart(np.ascontiguousarray(weight[:, part].T, np.float32), 0.0)
-        found, scale[part] = _quantize_block(block, counts, reach)
+        found, scale[part] = _quantize_block(block, counts, reach, bits, searched)
         half = found.shape[1] // 2
         codes[0::2, part] = found[:, :half].T
         codes[1::2, part] = found[:, half : half + depth // 2].T
     if neighbours is not None:
-        codes = _compensate(weight, codes, scale, highest, neighbours)
-    return QuantizedWeight(codes=codes, scale=scale)
+        codes = _compensate(weight, codes, scale, highest, neighbours, bits)
+    return QuantizedWeight(codes=codes, scale=scale, bits=bits)
 
 
 def violations(codes: Array, highest: Array) -> int:
@@ -106,14 +116,36 @@ def violations(codes: Array, highest: Array) -> int:
         codes: int8 [K, N].
         highest: highest code of each input channel, [K].
     """
-    depth = len(codes)
-    wide = np.pad(codes.astype(np.int32), ((0, depth % 2), (0, 0)))
-    reach = np.pad(np.asarray(highest, np.int32), (0, depth % 2))[:, None]
+    reach = np.asarray(highest, np.int32)[:, None]
     count = 0
-    for part in (np.maximum(wide, 0), np.maximum(-wide, 0)):
-        reached = part * reach
-        count += int(((reached[0::2] + reached[1::2]) > LIMIT).sum())
+    for start in range(0, len(codes), _PAIRED):
+        rows = slice(start, start + _PAIRED)
+        wide = codes[rows].astype(np.int32) * reach[rows]
+        for part in (np.maximum(wide, 0), np.maximum(-wide, 0)):
+            # Of an odd number of channels the last has no partner.
+            count += int((np.add.reduceat(part, range(0, len(part), 2)) > LIMIT).sum())
     return count
+
+
+def kept_inside(codes: Array, target: Array, highest: Array, importance: Array) -> Array:
+    """`codes` [K, N] with each pair that breaks the bound moved to the best that keeps it.
+
+    Args:
+        codes: within ±`LEVELS`.
+        target: the weights in units of a code, [K, N].
+        highest: highest code of each input channel, [K].
+        importance: E[x²] of each input channel up to a factor, positive, [K].
+    """
+    pairs = _apart(codes.T.astype(np.float32), 0.0)
+    _keep_pairs_inside(
+        pairs,
+        _apart(target.T, 0.0),
+        _apart(np.maximum(highest, 1).astype(np.float32), 1.0),
+        _apart(importance.astype(np.float32), 1.0),
+    )
+    result, half = np.empty_like(codes), pairs.shape[1] // 2
+    result[0::2], result[1::2] = pairs[:, :half].T, pairs[:, half : half + len(codes) // 2].T
+    return result
 
 
 def _apart(values: Array, padding: float) -> Array:
@@ -123,22 +155,26 @@ def _apart(values: Array, padding: float) -> Array:
     return np.concatenate([values[..., 0::2], values[..., 1::2]], axis=-1)
 
 
-def _quantize_block(block: Array, importance: Array, highest: Array | None) -> tuple[Array, Array]:
+def _quantize_block(
+    block: Array, importance: Array, highest: Array | None, bits: int, searched: bool
+) -> tuple[Array, Array]:
     """Codes [n, K] and scales [n] of output channels `block` [n, K], its pairs `_apart`."""
-    top = np.maximum(np.abs(block).max(axis=1), 1e-30) / LEVELS
+    least, most = ENDS[bits]
+    top = np.maximum(np.abs(block).max(axis=1), 1e-30) / most
     # Both ways from the scale that maps the largest weight to 127: smaller ones clip a few weights
     # for a finer step, larger ones keep pairs inside the bound.
-    ratios = np.repeat(np.linspace(_SHRINK, 1.0, _STEPS)[:, None], len(block), axis=1)
+    down = np.linspace(_SHRINK[bits], 1.0, _STEPS[bits]) if searched else np.ones(1)
+    ratios = np.repeat(down[:, None], len(block), axis=1)
     if highest is not None:
         enlarge = np.maximum(_safe_scale(block, highest) / top, 1.0)
-        up = np.linspace(0.0, 1.0, _STEPS + 1)[1:, None]
+        up = np.linspace(0.0, 1.0, _STEPS[bits] + 1)[1:, None]
         ratios = np.concatenate([ratios, 1.0 + (enlarge - 1.0) * up])
     best = np.full(len(block), np.inf)
     best_codes, best_scale = np.zeros_like(block), top.astype(np.float32)
     for ratio in ratios:
         scale = (top * ratio).astype(np.float32)
         target = block / scale[:, None]
-        codes = np.clip(np.rint(target), -LEVELS, LEVELS)
+        codes = np.clip(np.rint(target), least, most)
         if highest is not None:
             _keep_pairs_inside(codes, target, highest, importance)
         error = np.einsum("nk,k->n", np.square(target - codes), importance) * np.square(ratio)
@@ -189,7 +225,12 @@ def _keep_pairs_inside(codes: Array, target: Array, highest: Array, importance: 
 
 
 def _compensate(
-    weight: Array, codes: Array, scale: Array, highest: Array | None, neighbours: Neighbours
+    weight: Array,
+    codes: Array,
+    scale: Array,
+    highest: Array | None,
+    neighbours: Neighbours,
+    bits: int,
 ) -> Array:
     """GPTQ within blocks: `codes` [K, N], or better ones for the channels where they are found."""
     depth, width = weight.shape
@@ -208,7 +249,7 @@ def _compensate(
     for start in range(0, width, columns):
         part = slice(start, start + columns)
         wanted = blocked(weight[:, part])
-        rounded = _round_in_turn(wanted / scale[part], reach, factors)
+        rounded = _round_in_turn(wanted / scale[part], reach, factors, ENDS[bits])
         errors = []
         for candidate in (blocked(codes[:, part]), rounded):
             miss = (wanted - candidate * scale[part]).swapaxes(0, 1)
@@ -219,7 +260,9 @@ def _compensate(
     return result
 
 
-def _round_in_turn(left: Array, reach: Array | None, factors: Array) -> Array:
+def _round_in_turn(
+    left: Array, reach: Array | None, factors: Array, ends: tuple[int, int]
+) -> Array:
     """Round `left` [size, blocks, N], in units of a code, row by row; later rows make up for each
     error.
 
@@ -230,7 +273,7 @@ def _round_in_turn(left: Array, reach: Array | None, factors: Array) -> Array:
     for start in range(0, size, _LAZY):
         stop = min(start + _LAZY, size)
         for j in range(start, stop):
-            code = np.clip(np.rint(left[j]), -LEVELS, LEVELS)
+            code = np.clip(np.rint(left[j]), *ends)
             if reach is not None and j % 2:
                 before = made[j - 1]
                 room = np.floor(

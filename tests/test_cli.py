@@ -16,12 +16,13 @@ import pytest
 import qcompile
 from qcompile import cli, running
 from qcompile.methods import METHODS
+from qcompile.terminating import Terminated
 from tests.cli_runner import Outcome, RunCli
 
 KEYS = {
-    "path", "model", "task", "target", "scheme", "calibration", "samples", "held_back", "warnings",
-    "refusals", "bytes_float", "bytes", "accuracy", "decoded", "cache", "apart", "speed", "floats",
-    "seconds", "ops_by_precision",
+    "path", "model", "task", "target", "scheme", "calibration", "samples", "held_back", "seen",
+    "warnings", "refusals", "bytes_float", "bytes", "accuracy", "decoded", "cache", "apart",
+    "speed", "floats", "seconds", "ops_by_precision",
 }  # fmt: skip
 
 
@@ -65,20 +66,29 @@ def test_an_interrupt_in_the_middle(tiny_onnx: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
-    [("model --scheme fp32", "interrupted; nothing was written"), ("run folder x", "interrupted")],
+    ("words", "lost"), [("model --scheme fp32", "; nothing was written"), ("run folder x", "")]
+)
+@pytest.mark.parametrize(
+    ("raised", "said", "status"),
+    [(KeyboardInterrupt, "interrupted", "130"), (Terminated, "terminated", "143")],
 )
 def test_an_interrupt_says_what_was_lost(
-    words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: str,
+    lost: str,
+    raised: type[BaseException],
+    said: str,
+    status: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupted(**_: object) -> None:
-        raise KeyboardInterrupt
+        raise raised
 
     monkeypatch.setattr(sys, "argv", ["qcompile", *words.split()])
     monkeypatch.setattr(cli.cli, "main", interrupted)
-    with pytest.raises(SystemExit, match="130"):
+    with pytest.raises(SystemExit, match=status):
         cli.main()
-    assert capsys.readouterr().err == f"error: {said}\n"
+    assert capsys.readouterr().err == f"error: {said}{lost}\n"
 
 
 def test_a_request_to_terminate_ends_any_command(

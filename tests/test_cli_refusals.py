@@ -288,6 +288,40 @@ def test_a_calibration_file_that_cannot_be_used(
     assert name in error
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--calibration", "latin.txt"), "latin.txt is not UTF-8"),
+        (("--calibration", "keys.jsonl"), "holds no text"),
+        (("--calibration", "text.csv"), "unknown kind"),
+        (("--calibration", "bad.npz"), "is not a readable .npz"),
+        (("--calibration", "folder"), "holds no .npz file"),
+        (("--shapes", "1x4096"), "shape 1x4096 is longer than the model's 512 positions"),
+        (("--target", "onnx-edge", "--scheme", "w4a16:gptq"), "onnx-edge has no scheme w4a16"),
+        (("--target", "onnx-edge:vitisai", "--scheme", "w8a8:gptq"), "which profile vitisai has"),
+    ],
+)
+def test_what_needs_no_model_is_said_before_it_is_traced(
+    words: tuple[str, ...],
+    said: str,
+    run_cli: RunCli,
+    tiny_opt: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name, content in (
+        ("latin.txt", b"caf\xe9"),
+        ("keys.jsonl", b'{"body": "a"}'),
+        ("text.csv", b"a,b"),
+        ("bad.npz", b"PK"),
+    ):
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr("qcompile.frontend.load", lambda *_: pytest.fail("was traced"))
+    paths = (str(tmp_path / word) if (tmp_path / word).exists() else word for word in words)
+    assert said in run_cli(tiny_opt, *paths).error
+
+
 IDS = np.ones((2, 8), np.int64)
 GOOD: Batch = {
     "input_ids": IDS,

@@ -71,6 +71,22 @@ def test_a_bad_option_is_named(field: str, value: Any) -> None:
     refused(error, field)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"opset": 12}, "opset: 12 is below 13"),
+        ({"opset": 24}, "opset: 24 is above 23"),
+        ({"max_kl": 0}, "max_kl: 0 is not above 0.0"),
+        ({"format": "tflite"}, "format: 'tflite' is not 'onnx' or 'ort'"),
+        ({"bits": 8}, "bits: there is no such option"),
+    ],
+)
+def test_a_bad_option_is_told_in_our_words(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        CompileConfig(**options)
+    assert str(error.value) == message
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
 def test_a_number_outside_the_unit_interval_is_told_its_bounds(value: float) -> None:
     with pytest.raises(ConfigError) as error:

@@ -8,12 +8,16 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from qcompile.targets.ort_cpu import OrtCpu
 
-from qcompile.distill import distill, find_layers
-from qcompile.errors import ModelError
+from qcompile.codes import find_codes
+from qcompile.config import CompileConfig
+from qcompile.distill import distill, find_layers, learnable
+from qcompile.errors import CalibrationError, ModelError
 from qcompile.linears import find_linears
 from qcompile.planning import weight_of
-from qcompile.precision import QuantizedWeight
+from qcompile.precision import Choice, QuantizedWeight
+from qcompile.smoothing import SmoothingPlan
 from qcompile.straight_through import LearnedWeight
 from qcompile.weight_blocks import quantize_blocks
 from tests.passes.rewriting import HEADER, typed
@@ -73,6 +77,33 @@ def test_distilling_brings_the_outputs_nearer_and_is_the_same_again(tmp_path: Pa
         np.testing.assert_array_equal(weight.codes, again[name].codes)
         np.testing.assert_array_equal(weight.scale, again[name].scale)
     assert error(found) < error(started)
+
+
+def test_a_quarter_of_a_single_batch_judges() -> None:
+    graph, x = layered().graph, np.concatenate([batch["x"] for batch in BATCHES[:2]])
+    assert learnable(graph, BATCHES) is BATCHES
+    seen, aside = learnable(graph, [{"x": x}])
+    np.testing.assert_array_equal(seen["x"], x[:6])
+    np.testing.assert_array_equal(aside["x"], x[6:])
+    seen, aside = learnable(graph, [{"x": x[:2]}])
+    assert len(seen["x"]) == len(aside["x"]) == 1
+    with pytest.raises(CalibrationError, match="one sample is too little"):
+        learnable(graph, [{"x": x[:1]}])
+    graph.inputs[0].shape = ir.Shape([8, 16, 16])
+    with pytest.raises(CalibrationError, match="one sample is too little"):
+        learnable(graph, [{"x": x}])
+
+
+def test_one_sample_is_refused_before_anything_is_rounded(tmp_path: Path) -> None:
+    model = layered()
+    chosen = {name: Choice("weight4", "asked") for name in NAMES}
+    config = CompileConfig(method="lkd", block_size=32)
+    with pytest.raises(CalibrationError, match="one sample is too little"):
+        find_codes(
+            model, chosen, {}, SmoothingPlan(), config, OrtCpu(),
+            [{"x": BATCHES[0]["x"][:1]}], tmp_path,
+            lambda done, total: pytest.fail("a site was rounded"),
+        )  # fmt: skip
 
 
 def test_what_is_exact_is_kept(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_recipe_names_them_per_module_on_cuda_too(compiled: Any) -> None:
         ("w8a8", {"outlier_threshold": 5.0}, "w8a8 looks for no outliers, so outlier_threshold"),
         ("w4a16:spqr", {"outlier_threshold": 5.0}, "so outlier_threshold has no effect"),
         ("w4a16:gptq", {"outlier_share": 0.01}, "keeps no channels in float, so outlier_share"),
-        ("llm-int8", {"recipe": {"*.fc2": {"method": "spqr"}}}, "scheme llm-int8 has none"),
+        ("llm-int8", {"recipe": {"*.fc2": {"method": "spqr"}}}, "llm-int8 has no method spqr"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(

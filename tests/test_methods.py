@@ -168,7 +168,7 @@ def test_a_scheme_names_its_method() -> None:
     [
         ("w4a16:best", "unknown method 'best'"),
         ("w4a16:", "unknown method ''"),
-        ("w8a8:gptq", "scheme w8a8 has no methods"),
+        ("fp8:gptq", "scheme fp8 has no methods"),
         ("zeroquant:gptq", "scheme zeroquant has no methods"),
         ("nf4:dq", "takes them as floats"),
         ("nf4:gptq", "scheme nf4 has no methods"),
@@ -198,7 +198,7 @@ def test_a_recipe_names_methods() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"recipe": {"*": "w8a8:gptq"}}, "w8a8 has no methods"),
+        ({"recipe": {"*": "fp8:gptq"}}, "fp8 has no methods"),
         ({"recipe": {"*": "w4a16:best"}}, "recipe rule"),
         ({"method": "hqq", "symmetric": True}, "symmetric blocks have none"),
         ({"recipe": {"*": "w4a16:hqq"}, "symmetric": True}, "symmetric blocks have none"),

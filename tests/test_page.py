@@ -11,6 +11,7 @@ import pytest
 
 import qcompile
 from qcompile import page as pages
+from qcompile.headline import headline
 from qcompile.page import comparison, page
 from qcompile.ranges import Ranges
 from qcompile.report import Report
@@ -31,6 +32,14 @@ def both() -> str:
     other.model = "another"
     other.ops = [op.model_copy(update={"label": "dynamic"}) for op in OPS[:1]] + OPS[1:-1]
     return comparison([("one", full_report()), (f"other {NASTY}", other)])
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_a_sample_that_calibrated_is_not_called_held_back(seen: bool) -> None:
+    report = full_report()
+    report.seen = seen
+    said = headline(report)["measured on"]
+    assert ("held-back" in said) != seen and ("that calibrated" in said) == seen
 
 
 def cells(row: Element) -> dict[str, str]:

@@ -12,7 +12,7 @@ from qcompile.errors import CalibrationError
 from qcompile.linears import Linear
 from qcompile.planning import weight_of
 from qcompile.precision import QuantizedWeight
-from qcompile.sequence import _parts, round_in_sequence
+from qcompile.sequence import _parts, parts_before, round_in_sequence
 from qcompile.weight_blocks import quantize_blocks
 from tests.passes.rewriting import HEADER, typed
 from tests.support import from_text
@@ -85,6 +85,58 @@ def test_parts_are_disjoint_and_lead_to_the_sites() -> None:
     assert made == [[], ["c", "r"], ["s", "t"]]
     assert known == [["x", "m"], ["x", "m"], ["x", "c", "r"]]
     assert [part[2] for _, part in parts] == [["x", "m"], ["x", "c", "r"], ["c", "s", "t"]]
+
+
+TIED = """g (int64[B,S] i, float[16,16] w1, float[16,16] w2) => (float[B,S,16] y) {
+  k = Transpose <perm = [1, 0]> (w1) x = Gather (w1, i) a = MatMul (x, w2) r = Relu (a)
+  y = MatMul (r, k) }"""
+
+
+def test_what_no_input_changes_is_not_kept_for_every_batch(tmp_path: Path) -> None:
+    """An output head's transposed weight may be a third of a model."""
+    from qcompile.linears import find_sites
+
+    model = typed(from_text(HEADER + TIED, w1=W["w1"], w2=W["w2"]))
+    for node in model.graph:
+        node.name = str(node.outputs[0].name)
+    parts = [part for _, part in _parts(model, find_sites(model.graph))]
+    assert parts == [(["i"], ["x"], ["x"]), (["x"], ["r"], ["r"])]
+    names = ["a", "y"]
+    assert [*parts_before(model, [4, 5])][1] == (["r"], ["y"], ["y"])
+    seen: dict[str, np.ndarray] = {}
+
+    def round_(linear: Linear, gram: np.ndarray) -> QuantizedWeight:
+        seen[linear.name] = gram
+        return quantize_blocks(weight_of(linear), bits=4, block_size=16)
+
+    ids = RNG.integers(0, 16, (2, 5))
+    found = round_in_sequence(model, frozenset(names), [{"i": ids}], tmp_path, round_)
+    assert list(found) == names
+    r = np.maximum(W["w1"][ids.ravel()] @ found["a"].dequantized(), 0).astype(np.float64)
+    np.testing.assert_allclose(seen["y"], r.T @ r, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(
+        found["y"].codes, quantize_blocks(W["w1"].T, bits=4, block_size=16).codes
+    )
+
+
+def test_a_site_that_no_input_changes(tmp_path: Path) -> None:
+    """The table of relative positions in DeBERTa."""
+    text = """g (float[B,16,16] x, float[16,16] w1, float[16,16] w2) => (float[B,16,16] y) {
+      t = Tanh (w1) a = MatMul (t, w2) y = Add (x, a) }"""
+    model = typed(from_text(HEADER + text, w1=W["w1"], w2=W["w2"]))
+    for node in model.graph:
+        node.name = str(node.outputs[0].name)
+    grams: list[np.ndarray] = []
+
+    def round_(linear: Linear, gram: np.ndarray) -> QuantizedWeight:
+        grams.append(gram)
+        return quantize_blocks(weight_of(linear), bits=4, block_size=16)
+
+    round_in_sequence(
+        model, frozenset("a"), [{"x": np.zeros((1, 16, 16), np.float32)}], tmp_path, round_
+    )
+    t = np.tanh(W["w1"]).astype(np.float64)
+    np.testing.assert_allclose(grams, [t.T @ t], rtol=0, atol=1e-4)
 
 
 def test_some_linears_alone(tmp_path: Path) -> None:

@@ -87,13 +87,14 @@ def test_other_errors_of_the_system_pass_through(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 8), (signal.SIGINT, 7)])
+def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals, status: int) -> None:
     program = textwrap.dedent(
         """
         import signal, sys, time
         from pathlib import Path
         from qcompile.staging import staged
+        from qcompile.terminating import Terminated
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have ignored it
         try:
             with staged(Path(sys.argv[1]), overwrite=False) as (folder, scratch):
@@ -103,6 +104,8 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None
                 time.sleep(60)
         except KeyboardInterrupt:
             sys.exit(7)
+        except Terminated:
+            sys.exit(8)
         """
     )
     process = subprocess.Popen(
@@ -113,7 +116,7 @@ def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None
         assert process.stdout.readline() == "ready\n"
         assert list(tmp_path.iterdir())
         process.send_signal(number)
-        assert process.wait(timeout=30) == 7
+        assert process.wait(timeout=30) == status
     assert not list(tmp_path.iterdir())
 
 

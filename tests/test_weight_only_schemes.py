@@ -166,10 +166,11 @@ def test_blocks_that_do_not_divide_a_depth_have_no_table(tmp_path: Path) -> None
     ("scheme", "options", "message"),
     [
         ("w4a16:gptq", {"method": "awq"}, "contradict each other"),
-        ("w8a8", {"method": "gptq"}, "scheme w8a8 has no weights in blocks"),
+        ("nf4", {"method": "gptq"}, "scheme nf4 has no weights in blocks"),
         ("fp32", {"block_size": 64}, "so block_size has no effect"),
         ("nf4", {"symmetric": True}, "so symmetric has no effect"),
-        ("w8a8", {"recipe": {"*": {"method": "gptq"}}}, "gives a method, and scheme w8a8 has none"),
+        ("nf4", {"recipe": {"*": {"method": "gptq"}}}, "gives a method, and scheme nf4 has none"),
+        ("w8a8", {"recipe": {"*": {"method": "hqq"}}}, "scheme w8a8 has no method hqq: it moves"),
     ],
 )
 def test_methods_without_effect_are_refused(

@@ -69,6 +69,17 @@ def test_violations_counts_pairs() -> None:
     assert violations(np.array([[0], [127], [127], [0]], np.int8), highest) == 0
 
 
+def test_violations_of_many_channels_and_an_odd_one() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.choice(np.array([-127, 127, 3], np.int8), (261, 3))
+    highest = rng.choice([255, 120], 261)
+    found = 0
+    for sign in (1, -1):
+        reached = np.maximum(sign * codes.astype(int), 0) * highest[:, None]
+        found += sum(int((reached[at] + reached[at + 1] > LIMIT).sum()) for at in range(0, 260, 2))
+    assert violations(codes, highest) == found > 0
+
+
 def test_violations_at_the_limit_itself() -> None:
     # 127 · 1 + 127 · 257 is out of uint8; 127 · 255 + 2 · 191 = 32767 and one more is not.
     assert violations(np.array([[127], [2]], np.int8), np.array([255, 191])) == 0

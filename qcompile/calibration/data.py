@@ -30,13 +30,13 @@ class CalibrationData:
 
     Attributes:
         calibration: what ranges are taken from.
-        held_back: what verification measures on; calibration never saw it, unless `warnings` says
-            that there was a single sample.
+        held_back: what verification measures on; calibration never saw it, unless `seen`.
         origin: where the data came from, for the report.
         warnings: sentences for the user.
         samples: how many samples `calibration` holds.
         estimated: what damage is estimated on, seen by neither: static ranges clip on new data.
             The same as `calibration` where there is too little data.
+        seen: whether there was a single sample, which calibrates and is measured on.
     """
 
     calibration: tuple[Batch, ...]
@@ -45,6 +45,7 @@ class CalibrationData:
     warnings: tuple[str, ...]
     samples: int
     estimated: tuple[Batch, ...]
+    seen: bool = False
 
 
 def load_calibration(
@@ -133,6 +134,7 @@ def assemble(
         warnings=tuple(notes),
         samples=got,
         estimated=batches(estimated or calibration),
+        seen=len(samples) == 1,
     )
 
 
@@ -146,14 +148,27 @@ def _constant(samples: Sequence[Sample]) -> Iterator[tuple[str, float]]:
 
 
 def check_calibration_path(path: Path) -> None:
-    """Refuse a path that is not there: known before a model is traced for minutes.
+    """Refuse a path that is not there, or no data: known before a model is traced for minutes.
 
     Raises:
-        CalibrationError: it does not exist, or cannot be read.
+        CalibrationError: it does not exist, cannot be read, or its first document or file is none.
     """
     check_reachable(path, CalibrationError)
     if not path.exists():
         raise CalibrationError(f"calibration file {path} does not exist")
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        if not image_files(path):
+            read_npz(npz_files(path)[0])
+    elif suffix == ".npz":
+        read_npz(path)
+    elif suffix in (".txt", ".jsonl"):
+        next(read_documents(path, whole=True), None)
+    elif suffix != ".npy":
+        raise CalibrationError(
+            f"calibration file {path} is of an unknown kind",
+            hint="give .txt, .jsonl, .npy, .npz, a folder of .npz or one of images",
+        )
 
 
 def _from_path(path: Path, model: TracedModel, config: CompileConfig) -> CalibrationData:
@@ -173,11 +188,6 @@ def _from_path(path: Path, model: TracedModel, config: CompileConfig) -> Calibra
     if path.is_dir() or suffix == ".npz":
         feeds = ((f"calibration file {file}", read_npz(file)) for file in npz_files(path))
         return _from_feeds(feeds, str(path), model, config)
-    if suffix not in (".txt", ".jsonl"):
-        raise CalibrationError(
-            f"calibration file {path} is of an unknown kind",
-            hint="give .txt, .jsonl, .npy, .npz, a folder of .npz or one of images",
-        )
     documents = read_documents(path, whole=model.kind == "text-generation")
     return _from_texts(documents, str(path), model, config)
 

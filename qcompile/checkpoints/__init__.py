@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.config import Activations
+from qcompile.hub import model_folder
 from qcompile.precision import QuantizedWeight
 
 
@@ -52,6 +53,9 @@ def quantized_by(source: object) -> str | None:
 
     Args:
         source: as `qcompile.frontend.load` takes it.
+
+    Raises:
+        ModelError: a hub id whose configuration cannot be had.
     """
     if isinstance(source, tuple):
         from qcompile.frontend.fake_quant import has_fake_quantise
@@ -66,7 +70,7 @@ def quantized_by(source: object) -> str | None:
         from qcompile.frontend.qdq import file_has_scales
 
         return "Q/DQ nodes" if file_has_scales(path) else None
-    settings = quantization_settings(path)
+    settings = quantization_settings(model_folder(str(source)))
     return str(settings.get("quant_method", "an unknown method")) if settings else None
 
 

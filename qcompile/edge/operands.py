@@ -8,20 +8,30 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.edge.plan import LIMITS, Code, ConstantQuant, TensorQuant
+from qcompile.edge.plan import BITS, LIMITS, Code, ConstantQuant, TensorQuant
 from qcompile.edge.units import Operand
+from qcompile.methods import Method
+from qcompile.precision import QuantizedWeight
 from qcompile.weights import quantize_weight
 
 Array = npt.NDArray[Any]
 
 _PARTS: Final = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+_POWERS: Final = (1.0, 0.5, 0.25)
+"""Parts of the full range that are tried."""
 
 _BIAS_ROOM: Final = 2.0**30
 """A bias takes no more than this of its 32 bits: the products are added to it."""
 
 
 def quantize_constant(
-    operand: Operand, weight: Array, code: Code, axis: int | None, *, power_of_two: bool = False
+    operand: Operand,
+    weight: Array,
+    code: Code,
+    axis: int | None,
+    *,
+    power_of_two: bool = False,
+    method: Method | None = None,
 ) -> ConstantQuant:
     """A weight with zero in the middle of its codes.
 
@@ -31,12 +41,18 @@ def quantize_constant(
         code: type of the codes.
         axis: of the output channels, each with a scale of its own; None: one for all.
         power_of_two: whether scales must be powers of two.
+        method: ``rtn`` clips no weight, any other searches the range; None: of int4 codes, and of
+            int8 codes per channel.
     """
     least, most = LIMITS[code]
     middle = (least + most + 1) // 2
-    if axis is not None and code == "int8" and not power_of_two and weight.ndim > 1:
+    if axis is not None and code in ("int8", "int4") and not power_of_two and weight.ndim > 1:
         rows = np.moveaxis(weight, axis, -1)
-        found = quantize_weight(np.ascontiguousarray(rows.reshape(-1, rows.shape[-1])))
+        found = quantize_weight(
+            np.ascontiguousarray(rows.reshape(-1, rows.shape[-1])),
+            bits=BITS[code],
+            searched=method != "rtn",
+        )
         codes = np.moveaxis(found.codes.reshape(rows.shape), -1, axis)
         return _constant(
             operand, codes.astype(np.int32), code, found.scale, _zeros(found.scale), axis
@@ -47,23 +63,37 @@ def quantize_constant(
     scale = np.where(largest > 0, scale, 1.0)
     if power_of_two:
         scale = 2.0 ** np.ceil(np.log2(scale))
-    elif code == "int4":
-        scale = _least_error(weight, scale, axis, others)
+    if method not in ("rtn", None) or (method is None and code == "int4" and not power_of_two):
+        parts = _POWERS if power_of_two else _PARTS
+        scale = _least_error(weight, scale, axis, others, (least - middle, most - middle), parts)
     scale = scale.astype(np.float32)
     codes = np.rint(weight / _along(scale, weight.ndim, axis)) + middle
     codes = np.clip(codes, least, most).astype(np.int32)
     return _constant(operand, codes, code, scale, np.full(scale.shape, middle), axis)
 
 
+def from_channels(operand: Operand, found: QuantizedWeight) -> ConstantQuant:
+    """A weight [in, out] whose codes are known."""
+    code: Code = "int8" if found.bits == 8 else "int4"
+    return _constant(
+        operand, found.codes.astype(np.int32), code, found.scale, _zeros(found.scale), 1
+    )
+
+
 def _least_error(
-    weight: Array, scale: Array, axis: int | None, others: tuple[int, ...] | None
+    weight: Array,
+    scale: Array,
+    axis: int | None,
+    others: tuple[int, ...] | None,
+    ends: tuple[int, int],
+    parts: tuple[float, ...],
 ) -> Array:
-    """Of few codes the largest weights take too many: the part of `scale` that errs least."""
-    least, most = LIMITS["int4"]
+    """Of few codes the largest weights take too many: of `parts` of `scale` that which errs least,
+    with codes between `ends`."""
     best, error = scale, np.full(scale.shape, np.inf)
-    for part in _PARTS:
+    for part in parts:
         step = _along(scale * part, weight.ndim, axis)
-        rounded = np.clip(np.rint(weight / step), least, most) * step
+        rounded = np.clip(np.rint(weight / step), *ends) * step
         found = np.square(weight - rounded).sum(axis=others)
         best = np.where(found < error, scale * part, best)
         error = np.minimum(found, error)

@@ -16,6 +16,7 @@ from qcompile.edge.plan import EdgePlan
 from qcompile.edge.planning import plan_edge, require_any
 from qcompile.edge.profiles import Profile, get_profile
 from qcompile.edge.reporting import make_edge_report, measure_units
+from qcompile.edge.rounding import round_linears
 from qcompile.edge.settings import choose_settings
 from qcompile.edge.sizing import choose_narrow
 from qcompile.edge.smoothing import smooth_linears
@@ -96,12 +97,16 @@ def compile_edge(
             units = find_units(graph.graph, profile)
             kept = keep_float(units, config.recipe)
             seen = observe_tensors(graph, units, data.calibration, work, progress=step)
-        with phases.phase("quantize"):
+        with phases.phase("quantize") as step:
             plan = plan_edge(units, seen, profile, settings, kept)
             require_any(plan)
             narrow = choose_narrow(graph, plan, units, seen, profile, config)
-            if narrow:
+            codes = {}
+            if settings.in_sequence:
                 plan = plan_edge(units, seen, profile, settings, kept, narrow)
+                codes = round_linears(graph, plan, data.calibration, work, settings, progress=step)
+            if narrow or codes:
+                plan = plan_edge(units, seen, profile, settings, kept, narrow, codes)
         if profile.activations and config.bias_correction is not False:
             with phases.phase("correct") as step:
                 correction = correction_of(graph, plan, data.calibration, work, progress=step)

@@ -13,14 +13,21 @@ import onnx_ir as ir
 
 from qcompile.calibration.ranges import static_range
 from qcompile.calibration.stats import Stats
-from qcompile.edge.operands import quantize_bias, quantize_constant, quantize_operand
+from qcompile.edge.operands import (
+    from_channels,
+    quantize_bias,
+    quantize_constant,
+    quantize_operand,
+)
 from qcompile.edge.plan import BITS, LIMITS, Code, ConstantQuant, EdgePlan, TensorQuant, UnitPlan
 from qcompile.edge.profiles import Profile
 from qcompile.edge.settings import Settings
 from qcompile.edge.units import WEIGHTED, Operand, Unit, axis_of
 from qcompile.errors import ModelError
+from qcompile.methods import SEQUENTIAL
 from qcompile.metrics import sqnr_db
 from qcompile.passes.constants import LARGEST
+from qcompile.precision import QuantizedWeight
 
 Array = npt.NDArray[Any]
 
@@ -45,6 +52,7 @@ def plan_edge(
     settings: Settings,
     kept: Mapping[str, str] | None = None,
     narrow: Collection[str] = (),
+    codes: Mapping[str, QuantizedWeight] | None = None,
 ) -> EdgePlan:
     """Decide for every unit and tensor.
 
@@ -55,6 +63,7 @@ def plan_edge(
         settings: what a user may choose.
         kept: name of a unit -> why it stays in float all the same.
         narrow: names of the units whose weights get int4 codes.
+        codes: of weights that are rounded already, by name of the unit.
 
     An op has codes where the profile has it, its tensors can be told apart in so many bits, and,
     for ops that only move values, where what they read or what they feed has codes anyway.
@@ -68,7 +77,7 @@ def plan_edge(
             if unit.op == "MatMul" and len(unit.inputs) == 2
         }
     if not profile.activations:
-        return _weights_alone(units, refused, profile, settings)
+        return _weights_alone(units, refused, profile, settings, codes or {})
     while True:
         chosen = [unit for unit in units if unit.first not in refused]
         if profile.float_outputs:
@@ -82,7 +91,9 @@ def plan_edge(
         refused |= blurred
     constants: list[ConstantQuant] = []
     for unit in chosen:
-        constants += _plan_operands(unit, tensors, profile, settings, unit.name in narrow)
+        constants += _plan_operands(
+            unit, tensors, profile, settings, unit.name in narrow, codes or {}
+        )
     return EdgePlan(
         tensors=tuple(tensors.values()),
         constants=tuple(constants),
@@ -90,7 +101,7 @@ def plan_edge(
             _unit_plan(
                 unit,
                 None if unit.first in refused else settings.activation,
-                refused.get(unit.first) or f"profile {profile.name}",
+                refused.get(unit.first) or _reason(unit, profile, settings, codes or {}),
             )
             for unit in units
         ),
@@ -98,7 +109,11 @@ def plan_edge(
 
 
 def _weights_alone(
-    units: Sequence[Unit], refused: Mapping[ir.Node, str], profile: Profile, settings: Settings
+    units: Sequence[Unit],
+    refused: Mapping[ir.Node, str],
+    profile: Profile,
+    settings: Settings,
+    codes: Mapping[str, QuantizedWeight],
 ) -> EdgePlan:
     """Codes for weights, and for nothing else."""
     constants, plans = [], []
@@ -106,14 +121,28 @@ def _weights_alone(
         weight = next((operand for operand in unit.operands if operand.role == "weight"), None)
         chosen = unit.first not in refused and weight is not None
         if chosen and weight is not None:
-            constants.append(_plan_weight(unit, weight, profile, settings, False))
+            constants.append(_plan_weight(unit, weight, profile, settings, False, codes))
         reason = (
-            f"profile {profile.name}; activations stay in float"
+            f"{_reason(unit, profile, settings, codes)}; activations stay in float"
             if chosen
             else refused.get(unit.first)
         )
         plans.append(_unit_plan(unit, settings.weight if chosen else None, reason or ""))
     return EdgePlan(constants=tuple(constants), units=tuple(plans))
+
+
+def _reason(
+    unit: Unit, profile: Profile, settings: Settings, codes: Mapping[str, QuantizedWeight]
+) -> str:
+    """Why `unit` has codes, and by what its weight was rounded where that is not as asked."""
+    weighted = unit.op in WEIGHTED and any(each.role == "weight" for each in unit.operands)
+    method = settings.method_of(unit.name)
+    if method not in SEQUENTIAL or unit.name in codes or not weighted:
+        return f"profile {profile.name}"
+    return (
+        f"profile {profile.name}; weights by mse, for {method} is for Linears with a "
+        "scale per output channel"
+    )
 
 
 def _unit_plan(unit: Unit, code: Code | None, reason: str) -> UnitPlan:
@@ -303,15 +332,29 @@ def _blurred(
 
 
 def _plan_weight(
-    unit: Unit, operand: Operand, profile: Profile, settings: Settings, narrow: bool
+    unit: Unit,
+    operand: Operand,
+    profile: Profile,
+    settings: Settings,
+    narrow: bool,
+    codes: Mapping[str, QuantizedWeight],
 ) -> ConstantQuant:
+    if unit.name in codes:
+        return from_channels(operand, codes[unit.name])
     allowed = settings.per_channel and unit.op in profile.per_channel
     axis = axis_of(operand) if allowed else None
     # Scales per channel are documented for int8.
     code: Code = settings.weight if axis is None else "int8"
     code = "int4" if narrow else code
     weight = _array(operand)
-    return quantize_constant(operand, weight, code, axis, power_of_two=profile.power_of_two)
+    return quantize_constant(
+        operand,
+        weight,
+        code,
+        axis,
+        power_of_two=profile.power_of_two,
+        method=settings.method_of(unit.name),
+    )
 
 
 def _array(operand: Operand) -> Array:
@@ -327,6 +370,7 @@ def _plan_operands(
     profile: Profile,
     settings: Settings,
     narrow: bool,
+    codes: Mapping[str, QuantizedWeight],
 ) -> list[ConstantQuant]:
     """Weight first: a bias has the product of its scale and the input's."""
     planned: list[ConstantQuant] = []
@@ -334,7 +378,7 @@ def _plan_operands(
     for operand in sorted(unit.operands, key=lambda operand: operand.role != "weight"):
         array = _array(operand)
         if operand.role == "weight":
-            weight = _plan_weight(unit, operand, profile, settings, narrow)
+            weight = _plan_weight(unit, operand, profile, settings, narrow, codes)
             planned.append(weight)
         elif operand.role == "bias" and weight is not None:
             scale = tensors[unit.inputs[0]].scale

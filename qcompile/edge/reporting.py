@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +14,7 @@ from qcompile.batch_norm import unfolded
 from qcompile.cache import fed
 from qcompile.calibration.data import CalibrationData
 from qcompile.correction import CorrectionPlan
-from qcompile.edge.plan import ConstantQuant, EdgePlan, UnitPlan
+from qcompile.edge.plan import BITS, ConstantQuant, EdgePlan, UnitPlan
 from qcompile.edge.units import WEIGHTED
 from qcompile.equalization import EqualizationPlan
 from qcompile.metrics import sqnr_db
@@ -62,6 +62,7 @@ def make_edge_report(
         calibration=data.origin,
         samples=data.samples,
         held_back=sum(len(next(iter(batch.values()))) for batch in data.held_back),
+        seen=data.seen,
         warnings=warnings + findings.problems,
         refusals=[
             f"{entry.site}: {entry.reason}"
@@ -138,11 +139,16 @@ def _op_row(
     unit: UnitPlan, weight: ConstantQuant, sqnr: Mapping[str, float], *, alone: bool
 ) -> OpRow:
     """`alone`: activations stay in float."""
+    precision: Literal["int4", "int8", "int16"] = (
+        "int16" if BITS[unit.code or "int8"] > 8 else "int8"
+    )
+    if BITS[weight.code] == 4:
+        precision = "int4"
     scales = weight.scale.size if weight.axis is not None else 1
     width = weight.codes.shape[weight.axis] if weight.axis is not None else weight.codes.shape[-1]
     return OpRow(
         name=unit.name,
-        precision="weight8" if alone else "int8",
+        precision="weight8" if alone else precision,
         reason=f"{unit.reason}; {weight.code}, {scales} {'scales' if scales > 1 else 'scale'}",
         shape=(weight.codes.size // max(width, 1), width),
         label="weight8" if alone else "static",

@@ -57,7 +57,7 @@ def choose_narrow(
         units: of the graph.
         stats: of the activations.
         profile: whether it has int4 weights.
-        config: the budget, and the opset.
+        config: the budget, the opset, and how weights are rounded.
 
     Raises:
         ConfigError: the budget cannot be met; says by how much.
@@ -73,7 +73,7 @@ def choose_narrow(
         why = f"profile {profile.name} has no 4-bit weights"
     elif config.opset < SINCE["int4"]:
         why = f"4-bit weights need opset {SINCE['int4']}"
-    found = [] if why else _narrowings(plan, units, stats)
+    found = [] if why else _narrowings(plan, units, stats, config)
     most = sum(each.saved for each in found)
     if most < need:
         raise ConfigError(
@@ -100,7 +100,7 @@ def weight_bytes(graph: ir.Model, plan: EdgePlan) -> int:
 
 
 def _narrowings(
-    plan: EdgePlan, units: Sequence[Unit], stats: Mapping[str, Stats]
+    plan: EdgePlan, units: Sequence[Unit], stats: Mapping[str, Stats], config: CompileConfig
 ) -> list[Narrowing]:
     weights = {c.node: c for c in plan.constants if c.role == "weight"}
     found = []
@@ -112,7 +112,8 @@ def _narrowings(
         tensor = operand.value.const_value
         assert tensor is not None
         exact = tensor.numpy()
-        narrow = quantize_constant(operand, exact, "int4", wide.axis)
+        method = config.recipe.rule_for(unit.name).method or config.method
+        narrow = quantize_constant(operand, exact, "int4", wide.axis, method=method)
         noise = _error(exact, narrow) - _error(exact, wide)
         power = _moment(stats[str(unit.inputs[0].name)])
         fan_in = exact.size / (exact.shape[wide.axis] if wide.axis is not None else 1)

@@ -11,6 +11,7 @@ from typing import Any, Final
 from qcompile.checkpoints import Checkpoint
 from qcompile.config import AdapterMode
 from qcompile.errors import ModelError, QcompileError
+from qcompile.hub import model_folder
 
 _ORIGINAL: Final = (".base_layer", ".original_module")
 """What PEFT calls a module of the model once it stands beside an adapter's."""
@@ -24,7 +25,7 @@ def add_adapter(
     Args:
         module: the base model, in float32.
         checkpoint: the codes of the base, where it is quantised already.
-        folder: as PEFT saves it.
+        folder: as PEFT saves it, or a hub id.
         mode: ``merge`` adds it to the weights; ``keep`` leaves it beside them, in float: the base
             layer of a module ``q_proj`` is then called ``q_proj.base_layer``.
 
@@ -41,6 +42,7 @@ def add_adapter(
             "the package peft is not installed, and reads adapters",
             hint="pip install 'qcompile[adapter]'",
         )
+    folder = model_folder(str(folder), weights=True)
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} is no adapter: it has no adapter_config.json")
     if checkpoint is not None and mode == "merge":

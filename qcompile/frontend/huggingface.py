@@ -27,6 +27,7 @@ from qcompile.frontend.image import (
 from qcompile.frontend.loading import check_loaded, guarded
 from qcompile.frontend.opset import OPSET
 from qcompile.frontend.quantized import load_quantized
+from qcompile.hub import model_folder
 from qcompile.spill import spill
 from qcompile.traced import POSITIONS, Kind, TracedModel
 
@@ -71,6 +72,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
             weights that do not fit the task, NaN or Inf in the weights.
         ConfigError: a task that does not exist or that qcompile does not compile.
     """
+    given, source = source, str(model_folder(source))
     hf_config = _read_config(source, config.trust_remote_code)
     task = config.task or ("text-generation" if is_gguf(source) else _infer_task(hf_config))
     if task not in _TASKS:
@@ -79,6 +81,8 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
             hint="one of " + ", ".join(_TASKS),
         )
     output, kind = _TASKS[task]
+    _check_task(source, task, hf_config)
+    source = str(model_folder(given, weights=True))
     module, checkpoint = _load_weights(source, task, hf_config, config.trust_remote_code)
     added = frozenset[str]()
     if config.adapter is not None:
@@ -116,7 +120,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         tensor.data = torch.empty(0)
     return TracedModel(
         ir=graph,
-        name=_name(source),
+        name=_name(given),
         task=task,
         kind=kind,
         tokenizer=tokenizer,
@@ -130,8 +134,6 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
 
 
 def _name(source: str) -> str:
-    if not Path(source).exists():
-        return source.rsplit("/", 1)[-1]
     return Path(source).stem if is_gguf(source) else Path(source).name
 
 
@@ -165,7 +167,7 @@ class _OneOutput(torch.nn.Module):
 
 
 def _assets_folder(source: str, hf_config: Any, preprocessor: Any, work: Path) -> Path:
-    """The model's folder; for a hub id one below `work`, filled from what was loaded."""
+    """The model's folder; for a file one below `work`, filled from what was loaded."""
     if Path(source).is_dir():
         return Path(source)
     folder = work / "assets"
@@ -187,20 +189,19 @@ def _read_config(source: str, trust: bool) -> Any:
         return guarded("configuration", source, read_gguf_config, source)
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{source} is neither a model folder nor an .onnx file")
-    if not folder.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+    if not folder.exists():
         raise ModelError(f"model {source} does not exist")
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         raise ModelError(f"{source} has no config.json", hint="give a folder in Hugging Face form")
-    if folder.is_dir():
-        try:
-            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise ModelError(f"{source}/config.json is damaged: no valid JSON") from error
-        if isinstance(raw, dict) and raw.get("auto_map") and not trust:
-            raise ModelError(
-                f"{source} wants to run Python code of its own (auto_map in config.json)",
-                hint="read that code, then pass --trust-remote-code",
-            )
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{source}/config.json is damaged: no valid JSON") from error
+    if isinstance(raw, dict) and raw.get("auto_map") and not trust:
+        raise ModelError(
+            f"{source} wants to run Python code of its own (auto_map in config.json)",
+            hint="read that code, then pass --trust-remote-code",
+        )
     return guarded(
         "configuration",
         source,
@@ -225,9 +226,7 @@ def _infer_task(hf_config: Any) -> str:
     )
 
 
-def _load_weights(
-    source: str, task: str, hf_config: Any, trust: bool
-) -> tuple[Any, Checkpoint | None]:
+def _check_task(source: str, task: str, hf_config: Any) -> None:
     auto_class = TasksManager.get_model_class_for_task(task)
     # A model with code of its own says for itself what it can do.
     own_code = bool(getattr(hf_config, "auto_map", None))
@@ -237,6 +236,12 @@ def _load_weights(
             f"{task!r}",
             hint=f"leave --task out, or give another of {', '.join(_TASKS)}",
         )
+
+
+def _load_weights(
+    source: str, task: str, hf_config: Any, trust: bool
+) -> tuple[Any, Checkpoint | None]:
+    auto_class = TasksManager.get_model_class_for_task(task)
     settings, checkpoint = quantization_settings(Path(source)), None
     if is_gguf(source):
         module, info, checkpoint = guarded("weights", source, load_gguf, source, auto_class)
@@ -245,11 +250,6 @@ def _load_weights(
             "weights", source, load_quantized, Path(source), hf_config, auto_class, settings, trust
         )
     else:
-        if getattr(hf_config, "quantization_config", None):
-            raise ModelError(
-                f"{source} is quantised already, and such models are read from a folder",
-                hint=f"hf download {source} --local-dir DIR",
-            )
         module, info = guarded(
             "weights",
             source,
@@ -268,9 +268,7 @@ def _load_tokenizer(source: str, trust: bool) -> Any:
     folder = Path(source)
     if is_gguf(source):
         return guarded("tokenizer", source, load_gguf_tokenizer, source)
-    if folder.is_dir() and not any(
-        p.name.startswith(("tokenizer", "vocab")) for p in folder.iterdir()
-    ):
+    if not any(p.name.startswith(("tokenizer", "vocab")) for p in folder.iterdir()):
         return None
     return guarded(
         "tokenizer",

@@ -93,8 +93,6 @@ def _told(part: Part, source: str, error: Exception) -> tuple[str, str | None]:
     said = " ".join(str(error).split()) or type(error).__name__
     hint = f"Transformers says: {said[:200]}"
     folder = Path(source)
-    if not folder.exists():
-        return f"{source} cannot be loaded: {said[:200]}", None
     if part == "weights":
         if isinstance(error, SafetensorError):
             return f"the weights of {source} are damaged or cut off", "copy the files again"

@@ -6,11 +6,13 @@ import contextlib
 import gc
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from qcompile.config import CompileConfig
@@ -75,6 +77,7 @@ def trace_module(
             opset=OPSET,
         )
         checkpoint = keep_scales(graph) if trained_scales(graph) else None
+        _name_axes(graph)
         graph = spill(graph, work, "traced")
     module.train(training)  # the caller's module is left as it was
     feed = {key: tensor.detach().numpy() for key, tensor in example.items()}
@@ -93,6 +96,32 @@ def _dynamic_axes(tensor: torch.Tensor) -> dict[int, Any]:
     """All axes but the channels of floats; torch.export fixes what must be fixed."""
     axes = tensor.dim() - 1 if tensor.is_floating_point() and tensor.dim() > 1 else tensor.dim()
     return dict.fromkeys(range(axes), torch.export.Dim.AUTO)
+
+
+def _name_axes(model: ir.Model) -> None:
+    """Name what torch.export calls s31: ``batch``, where all inputs begin with it, or by the first
+    input and axis that has it, ``x_1``."""
+    inputs = [(value, list(value.shape or ())) for value in model.graph.inputs]
+    names: dict[str, str] = {}
+    first = {shape[0] for _, shape in inputs if shape}
+    if len(first) == 1 and isinstance(only := first.pop(), ir.SymbolicDim) and only.value:
+        names[str(only.value)] = "batch"
+    for value, shape in inputs:
+        for axis, size in enumerate(shape):
+            if isinstance(size, ir.SymbolicDim) and size.value:
+                names.setdefault(str(size.value), f"{value.name}_{axis}")
+    if not names:
+        return
+    symbol = re.compile(rf"\b({'|'.join(names)})\b")
+    values = (*model.graph.inputs, *(v for n in model.graph.all_nodes() for v in n.outputs))
+    for value in values:
+        # A size may be computed, like s31 + 2.
+        value.shape = value.shape and ir.Shape(
+            symbol.sub(lambda found: names[found[0]], str(size.value))
+            if isinstance(size, ir.SymbolicDim) and size.value
+            else size
+            for size in value.shape
+        )
 
 
 def _import(path: Path) -> Any:

@@ -116,7 +116,8 @@ def test_samples_are_disjoint_and_well_formed(
     calibration, held_back = rows(data.calibration), rows(data.held_back)
     assert len(calibration) == data.samples <= samples
     assert len(set(calibration)) == len(calibration)
-    if len(calibration) == 1 and calibration == held_back:
+    assert data.seen == (calibration == held_back)
+    if data.seen:
         assert any("single sample" in warning for warning in data.warnings)
     else:
         assert not set(calibration) & set(held_back)

@@ -21,12 +21,14 @@ from qcompile.edge.profiles import PROFILES, get_profile
 from qcompile.edge.settings import Settings
 from qcompile.edge.units import Operand, Unit, find_units, inner_ops, keep_float, name_units
 from qcompile.errors import ConfigError, ModelError
+from qcompile.methods import Method
 from tests.edge.models import convolutional, images, transformer
 from tests.passes.rewriting import HEADER, typed
 from tests.support import Feed, from_text, run_model
 
 RNG = np.random.default_rng(0)
 finite = st.floats(-1e6, 1e6, allow_nan=False, width=32)
+METHODS: tuple[Method, ...] = ("rtn", "mse")
 CODES: tuple[Code, ...] = ("uint8", "int8", "uint16", "int16")
 
 
@@ -182,6 +184,31 @@ def test_weights_lie_within_half_a_step(code: Code, axis: int | None) -> None:
     assert found.codes.min() >= least and found.codes.max() <= most
     step = found.scale if axis is None else found.scale[None, :]
     assert (np.abs(found.dequantized() - weight) <= 0.5001 * step).all()
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("code", ["int8", "uint8", "int4"])
+@pytest.mark.parametrize("axis", [None, 1])
+def test_a_searched_range_errs_less_and_the_whole_one_clips_nothing(
+    code: Code, axis: int | None, power_of_two: bool
+) -> None:
+    weight = np.random.default_rng(3).standard_normal((64, 5)).astype(np.float32)
+    weight[::8] *= 0.01
+    weight[0] = 3.9  # one that a finer step for all others is worth
+    found = {
+        method: quantize_constant(
+            _operand(), weight, code, axis, power_of_two=power_of_two, method=method
+        )
+        for method in METHODS
+    }
+    step = found["rtn"].scale if axis is None else found["rtn"].scale[None, :]
+    assert (np.abs(found["rtn"].dequantized() - weight) <= 0.5001 * step).all()
+    error = {method: np.square(each.dequantized() - weight).sum() for method, each in found.items()}
+    assert error["mse"] <= error["rtn"]
+    if code == "int4" and not power_of_two:
+        assert error["mse"] < error["rtn"]
+    if power_of_two:
+        assert (np.log2(found["mse"].scale) % 1 == 0).all()
 
 
 def test_a_bias_too_large_for_its_scale_enlarges_the_weight_s() -> None:

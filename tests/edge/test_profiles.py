@@ -111,6 +111,8 @@ def test_int16_activations_are_nearer_to_float(tmp_path: Path) -> None:
     sqnr = {kind: report.accuracy["sqnr_db"] for kind, report in found.items()}
     assert min(sqnr["uint16"], sqnr["int16"]) > sqnr["uint8"] + 3.0
     assert {unit.codes for unit in found["int16"].units} == {"int16"}
+    precisions = {kind: {op.precision for op in report.ops} for kind, report in found.items()}
+    assert precisions == {"uint8": {"int8"}, "uint16": {"int16"}, "int16": {"int16"}}
 
 
 def test_symmetric_codes_and_one_scale_a_weight(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def test_only_as_much_is_narrowed_as_the_budget_wants(tmp_path: Path) -> None:
         if value.const_value is not None and value.const_value.size >= 256
     ]
     assert np.dtype(ml_dtypes.int4) in kinds and np.dtype(np.int8) in kinds
+    assert {op.precision for op in report.ops} == {"int4", "int8"}
     assert report.accuracy["sqnr_db"] < wide.accuracy["sqnr_db"]
     # A budget that is met anyway changes nothing.
     assert compiled(tmp_path, all_bytes).accuracy == wide.accuracy

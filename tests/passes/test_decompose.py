@@ -41,6 +41,13 @@ CASES: dict[str, tuple[str, Feed]] = {
             "m": np.where(MASK, np.float32(0.5), np.float32(-np.inf)).repeat(2, axis=0),
         },
     ),
+    "capped scores under a mask": (
+        """g (float[2,5,16] q, float[2,5,16] k, float[2,5,16] v, bool[1,1,5,5] m)
+           => (float[2,5,16] y) {
+             y = Attention <q_num_heads=2, kv_num_heads=2, scale=1.5, softcap=0.5>
+               (q, k, v, m) }""",
+        {"q": normal(2, 5, 16), "k": normal(2, 5, 16), "v": normal(2, 5, 16), "m": MASK},
+    ),
     "rotation of heads, by position": (
         """g (float[2,5,24] x, float[9,4] c, float[9,4] s, int64[2,5] p) => (float[2,5,24] y) {
              y = RotaryEmbedding <num_heads=3> (x, c, s, p) }""",
@@ -124,9 +131,37 @@ def test_what_hides_a_score_is_finite() -> None:
 
 
 def test_a_form_that_is_not_known_is_refused() -> None:
-    text = """g (float[2,5,16] q, float[2,5,16] k, float[2,5,16] v) => (float[2,5,16] y) {
-                y = Attention <q_num_heads=2, kv_num_heads=2, softcap=5.0> (q, k, v) }"""
+    text = """g (float[2,2,5,8] q, float[2,2,5,8] k, float[2,2,5,8] v, float[2,2,3,8] a,
+                 float[2,2,3,8] b) => (float[2,2,5,8] y) { y = Attention (q, k, v, , a, b) }"""
     model = typed(from_text(HEADER + text))
-    with pytest.raises(ModelError, match="softcap"):
+    with pytest.raises(ModelError, match="with a cache"):
         Decompose(23)(model)
     assert isinstance(model, ir.Model)
+
+
+IN_A_BODY = """g (float[2,8] x, bool c, float[8] w) => (float[2,8] y) {
+  y = If (c) <then_branch = t () => (float[2,8] a) { THEN },
+              else_branch = e () => (float[2,8] b) { b = Identity (x) }> }"""
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_the_bodies_of_control_flow(chosen: bool) -> None:
+    feed: Feed = {"x": normal(2, 8), "c": np.array(chosen)}
+    before = IN_A_BODY.replace("THEN", "a = LayerNormalization (x, w)")
+    model = typed(from_text(HEADER + before, w=normal(8)))
+    wanted = run_model(model, feed, optimise=False)["y"]
+    pass_ = Decompose(13)
+    assert pass_(model).modified
+    kinds = [node.op_type for node in model.graph.all_nodes()]
+    assert "LayerNormalization" not in kinds and "Sqrt" in kinds and ops(model) == ["If"]
+    check_model(model)
+    found = run_model(model, feed, optimise=False)["y"]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+    assert_idempotent(pass_, model)
+
+
+def test_what_the_opset_has_stays_in_a_body() -> None:
+    then = "a = Attention <q_num_heads=1, kv_num_heads=1> (x3, x3, x3)"
+    text = IN_A_BODY.replace("THEN", then).replace("x, bool", "x, float[1,2,8] x3, bool")
+    text = text.replace("(float[2,8] a)", "(float[1,2,8] a)")
+    assert_leaves(Decompose(23), text)

@@ -62,6 +62,22 @@ def test_fuses_with_mask(body: str) -> None:
     assert_rewrites(FuseAttention(), before, after, FEED, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Mul (s, c) n = Div (a, two) t = Tanh (n) r = Mul (t, two)",
+        "a = Mul (s, c) n = Mul (a, half) t = Tanh (n) r = Mul (two, t)",
+    ],
+)
+def test_scores_that_are_capped_before_the_mask(body: str) -> None:
+    before = f"""{MASKED} <float c = {{0.25}}, float half = {{0.5}}, float two = {{2.0}}> {{
+      {KT} s = MatMul (q, kt) {body} b = Add (r, mask) w = Softmax <axis = -1> (b)
+      y = MatMul (w, v) }}"""
+    after = f"""{MASKED} {{
+      y = Attention <scale = 0.25, is_causal = 0, softcap = 2.0> (q, k, v, mask) }}"""
+    assert_rewrites(FuseAttention(), before, after, FEED, atol=1e-6)
+
+
 def test_fuses_without_mask_through_dropout() -> None:
     before = f"""{PLAIN} {CONSTANTS} {{ {KT} s = MatMul (q, kt) a = Mul (s, c)
       w = Softmax <axis = 3> (a) d = Dropout (w) i = Identity (d) y = MatMul (i, v) }}"""
@@ -96,6 +112,19 @@ def test_guarded_softmax_takes_the_boolean_mask() -> None:
         "inf": np.full(1, -np.inf, dtype=np.float32),
     }
     assert_rewrites(FuseAttention(), before, after, {**FEED, "keep": keep}, atol=1e-6, **infinity)
+
+
+def test_masks_that_are_added_one_by_one() -> None:
+    signature = f"g ({QKV}, float[B,1,S,S] mask, float[B,3,1,S] a) => (float[B,3,S,8] y)"
+    first = """s = MatMul (q, kt) m = Mul (s, c) n = Add (m, a) o = Add (n, mask)
+      w = Softmax <axis = -1> (o) x = MatMul (w, v)"""
+    second = """t = MatMul (x, kt) h = Mul (t, c) i = Add (h, a) j = Add (i, mask)
+      u = Softmax <axis = -1> (j) y = MatMul (u, v)"""
+    before = f"{signature} {CONSTANTS} {{ {KT} {first} {second} }}"
+    after = f"""{signature} {{ both = Add (mask, a)
+      x = {ATTENTION} (q, k, v, both) y = {ATTENTION} (x, k, v, both) }}"""
+    feed = {**FEED, "a": _heads(B, H, 1, S)}
+    assert_rewrites(FuseAttention(), before, after, feed, atol=1e-6)
 
 
 def test_padding_mask_is_expanded_once_for_two_layers() -> None:

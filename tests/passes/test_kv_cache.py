@@ -25,12 +25,15 @@ CONSTANTS = {
     "rows": np.array([1, 3]),
     "columns": np.array([1, 2]),
     "three": np.array(3),
+    "one": np.array([1]),
+    "slopes": np.array([0.5, -0.25, 0.125, 2.0], np.float32)[:, None, None],
+    "lowest": np.array(np.finfo(np.float32).min),
     "wq": RNG.standard_normal((10, 32)).astype(np.float32),
     "wk": RNG.standard_normal((10, 16)).astype(np.float32),
 }
 INPUTS = "int64[B,S] input_ids, int64[B,S] attention_mask"
-DECLARED = "int64 axis, int64[2] rows, int64[2] columns, int64 three, float[10,32] wq, \
-float[10,16] wk"
+DECLARED = "int64 axis, int64[2] rows, int64[2] columns, int64 three, int64[1] one, \
+float[4,1,1] slopes, float lowest, float[10,32] wq, float[10,16] wk"
 EMBED = "q = Gather (wq, input_ids) k = Gather (wk, input_ids)"
 CAUSAL = """
     same = Equal (attention_mask, attention_mask)
@@ -44,6 +47,9 @@ PADDING = "real = Cast <to = 9> (attention_mask) keys = Unsqueeze (real, columns
 BOTH = f"{CAUSAL} {PADDING} keep = And (causal, keys)"
 WINDOW = f"""{CAUSAL} {PADDING} edge = Sub (r, three) inside = Greater (c, edge)
     near = And (causal, inside) keep = And (near, keys)"""
+ALIBI = f"""{BOTH.replace("keep =", "seen =")}
+    count = CumSum (attention_mask, axis) place = Sub (count, one) f = Cast <to = 1> (place)
+    wide = Unsqueeze (f, columns) alibi = Mul (wide, slopes) keep = Where (seen, alibi, lowest)"""
 ATTENTION = "y = Attention <q_num_heads = 4, kv_num_heads = 2, scale = 0.5> (q, k, k, keep)"
 
 MADE = "float[B,2,past_sequence,8] past_key_values_0_key, \
@@ -131,6 +137,34 @@ def test_attention_keeps_keys_and_values(mask: str, attributes: str) -> None:
             np.testing.assert_allclose(found[real], wanted[real], rtol=0, atol=1e-5)
 
 
+def test_scores_that_are_capped() -> None:
+    capped = ATTENTION.replace("scale = 0.5", "scale = 0.5, softcap = 0.7")
+    before, after = model_of(BOTH, capped), model_of(BOTH, capped)
+    assert KvCache()(after).modified
+    cached = next(node for node in after.graph if node.op_type == "GroupQueryAttention")
+    assert cached.attributes["softcap"].as_float() == np.float32(0.7)
+    feed = tokens([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    wanted, real = run_model(before, feed)["y"], feed["attention_mask"] == 1
+    plain = run_model(model_of(BOTH), feed)["y"]
+    assert np.abs(wanted - plain)[real].max() > 0.01
+    for prompt in (1, 4, 6):
+        found = stepped(after, feed, prompt)
+        np.testing.assert_allclose(found[real], wanted[real], rtol=0, atol=1e-5)
+
+
+def test_biases_by_place() -> None:
+    """ALiBi: a token's place counts those before it that are no padding."""
+    before, after = model_of(ALIBI), model_of(ALIBI)
+    assert KvCache()(after).modified
+    assert_idempotent(KvCache(), after)
+    for padding in ([1] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 0, 1, 1, 1]):
+        feed = tokens([padding, [1] * 9])
+        wanted, real = run_model(before, feed)["y"], feed["attention_mask"] == 1
+        for prompt in (1, 5, 9):
+            found = stepped(after, feed, prompt)
+            np.testing.assert_allclose(found[real], wanted[real], rtol=0, atol=1e-5)
+
+
 def test_heads_first() -> None:
     """Inputs of four axes, as exporters leave them where the heads are normed."""
     text = """
@@ -181,12 +215,6 @@ def test_heads_first() -> None:
             id="a-mask-of-its-own",
         ),
         pytest.param(BOTH, ATTENTION.replace(", keep)", ")"), "no mask of padding", id="no-mask"),
-        pytest.param(
-            BOTH,
-            ATTENTION.replace("scale = 0.5", "scale = 0.5, softcap = 2.0"),
-            "has no cached op",
-            id="capped-scores",
-        ),
         pytest.param(
             BOTH,
             ATTENTION.replace("k, k", "kk, kk").replace("y =", "kk = Concat <axis = 1> (k, k) y ="),

@@ -16,8 +16,10 @@ CONSTANTS = {
     "axis": np.array(1),
     "rows": np.array([1, 3]),
     "columns": np.array([1, 2]),
+    "slopes": np.array([0.5, -0.25, 0.125, 2.0], np.float32)[:, None, None],
+    "lowest": np.array(np.finfo(np.float32).min),
 }
-DECLARED = "int64 axis, int64[2] rows, int64[2] columns"
+DECLARED = "int64 axis, int64[2] rows, int64[2] columns, float[4,1,1] slopes, float lowest"
 CAUSAL = """
     same = Equal (mask, mask)
     ones = Cast <to = 7> (same)
@@ -136,6 +138,23 @@ def test_a_window_is_not_taken_for_causality() -> None:
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+ALIBI = f"""{BOTH.replace("keep =", "seen =")}
+    count = CumSum (mask, axis) place = Sub (count, axis) f = Cast <to = 1> (place)
+    wide = Unsqueeze (f, columns) alibi = Mul (wide, slopes) keep = Where (seen, alibi, lowest)"""
+COUNTED = ALIBI.replace("Cast <to = 1> (place)", "Cast <to = 1> (count)")
+
+
+@pytest.mark.parametrize("body", [ALIBI, COUNTED])
+def test_biases_by_place_are_not_taken_for_padding(body: str) -> None:
+    before, after = model_of(body), model_of(body)
+    assert MultiHead()(after).modified
+    for mask in MASKS:
+        feed = feed_of(mask)
+        real = feed["mask"].astype(bool)
+        wanted, found = run_model(before, feed)["y"], run_model(after, feed)["y"]
+        np.testing.assert_allclose(found[real], wanted[real], atol=1e-5)
+
+
 def test_what_is_known_of_masks() -> None:
     def meaning(body: str) -> MaskMeaning | None:
         model = model_of(body)
@@ -151,6 +170,10 @@ def test_what_is_known_of_masks() -> None:
     assert padded is not None and not padded.causal and padded.padding is not None
     assert meaning(f"{CAUSAL} keep = Identity (causal)") == MaskMeaning(True, None)
     assert meaning(f"{CAUSAL} keep = Not (causal)") is None
+    sloped = meaning(ALIBI)
+    assert sloped is not None and sloped.causal and sloped.slopes == (0.5, -0.25, 0.125, 2.0)
+    assert meaning(COUNTED) is None
+    assert meaning(ALIBI.replace("CumSum (mask", "CumSum (ones")) is None
     window = "two = Add (at, at) t = Unsqueeze (two, rows) keep = LessOrEqual (c, t)"
     assert meaning(f"{CAUSAL} {window}") is None
 

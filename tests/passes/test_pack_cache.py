@@ -11,6 +11,7 @@ from qcompile.passes.pack_cache import PackCache
 from qcompile.errors import ModelError
 from tests.passes.rewriting import HEADER
 from tests.passes.test_kv_cache import (
+    ALIBI,
     ATTENTION,
     BOTH,
     CONSTANTS,
@@ -135,6 +136,13 @@ def test_without_a_cache_nothing_changes() -> None:
     kinds = ops(model)
     assert not PackCache()(model).modified
     assert ops(model) == kinds
+
+
+def test_biases_by_place_are_refused() -> None:
+    model = model_of(ALIBI)
+    KvCache()(model)
+    with pytest.raises(ModelError, match="ALiBi"):
+        PackCache()(model)
 
 
 def test_an_output_that_is_not_of_each_token_is_refused() -> None:

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from qcompile.passes.permute_channels import PermuteChannels
+from qcompile.passes.smooth_quant import SmoothQuant
 
 from qcompile.linears import find_linears, find_sites
 from qcompile.permuting import Permutation, find_permutable, last_places
+from qcompile.producers import inserted_mul
 from qcompile.smoothing import Smoothing, SmoothingPlan
 from tests.passes.rewriting import HEADER, typed
 from tests.support import (
@@ -68,6 +70,40 @@ def test_weights_change_and_the_function_does_not(text: str, makers: tuple[str, 
     after = {"v": V[:, ORDER], "u": U[:, ORDER] if len(makers) > 1 else U, "b": B[ORDER]}
     # A constant that nothing reads stays in neither graph's nodes.
     assert_same_graph(model, from_text(HEADER + text, **after, w=W[ORDER]))
+    check_model(model)
+    np.testing.assert_allclose(
+        run_model(model, {"x": X}, optimise=False)["y"], wanted, rtol=1e-5, atol=1e-5
+    )
+    assert_idempotent(pass_, model)
+
+
+def test_a_mul_that_smoothing_put_in_follows() -> None:
+    """GELU does not commute with a scale, so that outliers are divided out behind it."""
+    text = PLAIN.replace("Relu", "Gelu")
+    model = named(text)
+    wanted = run_model(model, {"x": X}, optimise=False)["y"]
+    site = next(s for s in find_sites(model.graph) if s.linears[0].output.name == "y")
+    scale = np.array([1.0, 4.0, 1.0, 1.0, 2.0, 1.0])
+    plan = SmoothingPlan(
+        (
+            Smoothing(
+                site.name, None, "", scale, producer=inserted_mul(site), producer_scale=scale,
+                consumers=("y",), permutation=Permutation(ORDER, ("m",)),
+            ),
+        )
+    )  # fmt: skip
+    SmoothQuant(plan)(model)
+    pass_ = PermuteChannels(plan)
+    assert pass_(model).modified
+    inverse = (1.0 / scale)[ORDER].astype(np.float32)
+    rows = (W * scale[:, None].astype(np.float32))[ORDER]
+    after = from_text(
+        HEADER + HEAD.replace("float[6,5] w", "float[6,5] w, float[6] s")
+        + """ => (float[N,S,5] y) {
+          m = MatMul (x, v) h = Add (m, b) r = Gelu (h) t = Mul (r, s) y = MatMul (t, w) }""",
+        v=V[:, ORDER], u=U, b=B[ORDER], w=rows, s=inverse,
+    )  # fmt: skip
+    assert_same_graph(model, after)
     check_model(model)
     np.testing.assert_allclose(
         run_model(model, {"x": X}, optimise=False)["y"], wanted, rtol=1e-5, atol=1e-5

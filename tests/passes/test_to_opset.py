@@ -83,6 +83,20 @@ def test_the_same_in_an_older_opset(case: str) -> None:
     assert not pass_(model).modified
 
 
+def test_a_part_of_a_shape_in_a_body() -> None:
+    text = """g (float[2,4,6] x, bool c) => (int64[1] y) {
+      y = If (c) <then_branch = t () => (int64[1] a) { a = Shape <start=1, end=2> (x) },
+                  else_branch = e () => (int64[1] b) { b = Shape <start=2> (x) }> }"""
+    model = typed(from_text(HEADER + text))
+    pass_ = ToOpset(13)
+    assert pass_(model).modified
+    assert [node.op_type for node in model.graph.all_nodes()].count("Slice") == 2
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    for chosen, size in ((True, 4), (False, 6)):
+        assert run_model(model, {"x": X, "c": np.array(chosen)})["y"].tolist() == [size]
+    assert not pass_(model).modified
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

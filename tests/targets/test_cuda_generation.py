@@ -48,7 +48,7 @@ def compiled(tiny_onnx: Path, tiny_opt: Path, tmp_path_factory: pytest.TempPathF
     return make
 
 
-@pytest.mark.parametrize("kind", ["opt", "llama", "mistral", "qwen3", "phi", "gpt_neox"])
+@pytest.mark.parametrize("kind", ["opt", "llama", "mistral", "qwen3", "phi", "gpt_neox", "gemma2"])
 def test_greedy_tokens_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     """In float16, one at a time, in a batch padded on the left, on the right and between."""
     reference = save(kind, tmp_path / "source", SEEDS.get(kind, 0))
