@@ -178,8 +178,8 @@ class CompileConfig(_Frozen):
             a threshold, and for the method ``spqr``; None: a hundredth there.
         equalize: move scales between ops before they are quantised (arXiv 1906.04721); None: where
             the target gains by it.
-        bias_correction: add what rounding shifts on average to biases (the same paper); None: as
-            the target has it.
+        bias_correction: add what rounding shifts on average to biases (the same paper); None: on
+            `onnx-edge`; language models gain next to nothing by it (docs/vision.md).
         recipe: per-module overrides; a mapping as in a recipe file will do.
         task: a task name of optimum's, instead of the one read from the model.
         opset: ONNX opset of the graph; 23 but for `onnx-edge`.
