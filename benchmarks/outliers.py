@@ -30,11 +30,14 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, required=True)
     parser.add_argument("--target", default="ort-cpu")
+    parser.add_argument("--samples", type=int, default=64, help="to measure on")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 1
-    feeds = list(windows(tokenizer, arguments.evaluation, bos, samples=64, length=256))
+    feeds = list(
+        windows(tokenizer, arguments.evaluation, bos, samples=arguments.samples, length=256)
+    )
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
