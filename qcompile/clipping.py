@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from typing import Any, Final
 
 import numpy as np
@@ -14,12 +12,7 @@ from qcompile.weight_blocks import Grid, affine_grid, full_range, symmetric_grid
 Array = npt.NDArray[Any]
 
 SHRINKS: Final = tuple(np.round(np.arange(1.0, 0.59, -0.04), 2).tolist())
-"""Parts of the full range that are tried, where it is symmetric."""
-
-MIDDLE: Final = 0.84
-STEPS: Final = (0.16, 0.08, 0.04, 0.02)
-"""Else both ends are moved by the first around that part of them, then by the others around the
-best so far of each block."""
+"""Parts of the full range that are tried."""
 
 _COLUMNS: Final = 256
 
@@ -49,45 +42,34 @@ def clipped_range(blocks: Array, importance: Array | None, *, bits: int, symmetr
 
 
 def _clipped(blocks: Array, counts: Array | None, bits: int, symmetric: bool) -> Grid:
-    full = full_range(blocks, bits=bits, symmetric=symmetric)
-    if not symmetric:
-        return _both_ends(full, blocks, counts)
-    best, least = full, _error(full, blocks, counts)
-    extreme = full.scale * full.lowest
-    # From above too: the end without the extreme has one code less.
-    for part in (1.08, 1.04, *SHRINKS[1:]):
-        grid = symmetric_grid(extreme * part, bits, full.block_size)
+    size = blocks.shape[1]
+    best = full_range(blocks, bits=bits, symmetric=symmetric)
+    least = _error(best, blocks, counts)
+    for grid in _shrunk(best, bits, size):
         error = _error(grid, blocks, counts)
-        best = _chosen(error < least, grid, best)
-        least = np.minimum(error, least)
+        better = error < least
+        least = np.where(better, error, least)
+        best = Grid(
+            np.where(better, grid.scale, best.scale),
+            np.where(better, grid.zero_point, best.zero_point),
+            size, bits, symmetric,
+        )  # fmt: skip
     return best
 
 
-def _both_ends(full: Grid, blocks: Array, counts: Array | None) -> Grid:
+def _shrunk(full: Grid, bits: int, size: int) -> list[Grid]:
+    if full.symmetric:
+        extreme = full.scale * full.lowest
+        # From above too: the end without the extreme has one code less.
+        return [symmetric_grid(extreme * part, bits, size) for part in (1.08, 1.04, *SHRINKS[1:])]
     low = (full.lowest - full.zero_point) * full.scale
     high = (full.highest - full.zero_point) * full.scale
-    best, least = full, _error(full, blocks, counts)
-    parts = np.ones((2, *low.shape), np.float32)
-    around = np.full_like(parts, MIDDLE)
-    for step in STEPS:
-        for moves in itertools.product((-step, 0.0, step), repeat=2):
-            ends = around + np.array(moves, np.float32)[:, None, None]
-            grid = affine_grid(low * ends[0], high * ends[1], full.bits, full.block_size)
-            error = _error(grid, blocks, counts)
-            better = error < least
-            best, parts = _chosen(better, grid, best), np.where(better, ends, parts)
-            least = np.minimum(error, least)
-        around = parts
-    return best
-
-
-def _chosen(better: Array, grid: Grid, best: Grid) -> Grid:
-    """`grid` where it is `better`, [blocks, N]."""
-    return dataclasses.replace(
-        best,
-        scale=np.where(better, grid.scale, best.scale),
-        zero_point=np.where(better, grid.zero_point, best.zero_point),
-    )
+    return [
+        affine_grid(low * below, high * above, bits, size)
+        for below in SHRINKS[::2]
+        for above in SHRINKS[::2]
+        if (below, above) != (1.0, 1.0)
+    ]
 
 
 def _error(grid: Grid, blocks: Array, counts: Array | None) -> Array:

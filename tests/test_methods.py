@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qcompile.targets import get_target
 
-from qcompile.clipping import MIDDLE, STEPS, clipped_range
+from qcompile.clipping import clipped_range
 from qcompile.config import CompileConfig, Recipe
 from qcompile.descent import damped, output_errors, refine
 from qcompile.errors import ConfigError
@@ -21,7 +20,7 @@ from qcompile.limits import check_target
 from qcompile.methods import METHODS, SUMMARIES
 from qcompile.rounding import rounding_of
 from qcompile.schemes import get_scheme
-from qcompile.weight_blocks import Grid, affine_grid, full_range, in_blocks, quantize_blocks
+from qcompile.weight_blocks import full_range, in_blocks, quantize_blocks
 
 seeds = st.integers(0, 2**32 - 1)
 depths = st.sampled_from([16, 33, 64])
@@ -116,24 +115,6 @@ def test_clipping_never_adds_to_the_error(
 
     clipped, whole = (error(g.values(g.nearest(blocks))) for g in (grid, full))
     assert (clipped <= whole * (1 + 1e-5)).all()
-
-
-@given(seeds, bits_of_code)
-def test_both_ends_of_a_range_are_searched_apart(seed: int, bits: int) -> None:
-    """Among others, every pair of the parts that come first."""
-    weight, _ = problem(seed, 64)
-    blocks = in_blocks(weight, 32)
-    full = full_range(blocks, bits=bits, symmetric=False)
-    low, high = ((end - full.zero_point) * full.scale for end in (full.lowest, full.highest))
-
-    def error(grid: Grid) -> np.ndarray:
-        result: np.ndarray = np.square(grid.values(grid.nearest(blocks)) - blocks).sum(axis=1)
-        return result
-
-    found = error(clipped_range(blocks, None, bits=bits, symmetric=False))
-    parts = [np.float32(MIDDLE) + np.float32(move) for move in (-STEPS[0], 0.0, STEPS[0])]
-    for below, above in itertools.product(parts, repeat=2):
-        assert (found <= error(affine_grid(low * below, high * above, bits, 32))).all()
 
 
 @given(seeds, depths, bits_of_code)
