@@ -17,7 +17,7 @@ from qcompile.passes.matching import (
     scalar_of,
     skip_noops,
 )
-from qcompile.passes.symbolic_shapes import SymbolicShapes, dims_of
+from qcompile.passes.symbolic_shapes import SymbolicShapes, broadcast, dims_of
 
 _SWAP_LAST = (0, 1, 3, 2)
 _HEADS_FIRST_KEYS_LAST = (0, 2, 3, 1)
@@ -87,10 +87,10 @@ def _fuse(graph: ir.Graph, node: ir.Node, expanded: _Made) -> bool:
         if any(_rank(mask) not in (1, 2, 3, 4) for mask in masks):
             continue
         k_dims = dims_of(k)
-        mask_dims = _broadcast([dims_of(mask) or [] for mask in masks]) if masks else None
+        mask_dims = broadcast([dims_of(mask) for mask in masks]) if masks else None
         if k_dims is None or not _shapes_fit(dims_of(q), k_dims, perm, dims_of(v), mask_dims):
             continue
-        mask = _summed(graph, node, masks, mask_dims, expanded)
+        mask = _summed(graph, node, masks, expanded)
         attributes = {"scale": scale, "is_causal": 0} | ({"softcap": cap} if cap else {})
         _put(graph, node, q, k, v, mask, attributes, perm, guarded, expanded)
         return True
@@ -131,22 +131,10 @@ def _unmasked(scores: ir.Value) -> list[tuple[ir.Value, list[ir.Value]]]:
     ]
 
 
-def _broadcast(shapes: list[list[int | str | None]]) -> list[int | str | None]:
-    """The shape of a sum; None where two dimensions are not known to fit."""
-    width = max((len(shape) for shape in shapes), default=0)
-    result: list[int | str | None] = [1] * width
-    for shape in shapes:
-        for at, dim in enumerate([1] * (width - len(shape)) + shape):
-            if dim != 1:
-                result[at] = dim if result[at] in (1, dim) else None
-    return result
-
-
 def _summed(
     graph: ir.Graph,
     node: ir.Node,
     masks: list[ir.Value],
-    dims: list[int | str | None] | None,
     made: _Made,
 ) -> ir.Value | None:
     """The sum of `masks`, made once for all layers, where the last of the masks is there."""
@@ -158,7 +146,7 @@ def _summed(
         for mask in masks[1:]:
             add = build("Add", [total, mask], {}, node)
             graph.insert_before(node, add)
-            total = _typed(add.outputs[0], mask, dims or [])
+            total = _typed(add.outputs[0], mask, broadcast([dims_of(total), dims_of(mask)]) or [])
         made[key] = total
     return made[key]
 

@@ -68,6 +68,8 @@ def join_key(node: ir.Node) -> object:
         return None
     if node.outputs[0].is_graph_output():
         return None
+    if node.domain == "" and len(dims_of(weight) or ()) != 2:
+        return None
     common: list[object] = [node.op_type]
     for at, value in enumerate(node.inputs):
         if value is None or at not in strung:

@@ -110,7 +110,7 @@ def _sources(mask: ir.Value) -> tuple[list[ir.Value], list[int]] | None:
             if _is_wide(value):
                 return None
             number = scalar_of(value)
-            if number is not None and number.is_integer() and 1 <= abs(number) < _WIDEST:
+            if number is not None and 1 <= abs(number) < _WIDEST:
                 # Of `i - j < w` and of `i - j <= w - 1`.
                 numbers |= {abs(int(number)), abs(int(number)) + 1}
             continue
@@ -170,6 +170,7 @@ def _feeds(
         for at in range(0, len(patterns), batch):
             yield feed(np.resize(patterns[at : at + batch], (batch, length)))
     for number in numbers:
+        yield feed(np.ones((1, number + 3), np.int64))
         yield feed(rng.integers(0, 2, (1, number + 3)))
 
 

@@ -96,6 +96,10 @@ def _pack(graph: ir.Graph, node: ir.Node, tables: _Tables) -> None:
         raise _Apart("keys and values in codes are measured apart, as the attention reads them")
     (first, q), (second, k) = (_unrotated(value) for value in node.inputs[:2])
     rotation = _Rotation.of(first, second) if first is not None or second is not None else None
+    for turned, count in ((first, "num_heads"), (second, "kv_num_heads")):
+        heads = turned.attributes.get_int("num_heads", 0) if turned is not None else 0
+        if heads and heads != node.attributes.get_int(count, 0):
+            raise _Apart("its rotation divides channels into other heads")
     sources = [_source(value) for value in (q, k, node.inputs[2])]
     whole = _split_of(sources)
     products = _products(sources) if whole is None else []
@@ -339,17 +343,19 @@ def _places(graph: ir.Graph) -> ir.Value:
     length = tape.op("Shape", [tokens], {"start": 1, "end": 2})
     total = tape.op("Shape", [mask], {"start": 1, "end": 2})
     first = tape.op("Equal", [length, total])
-    before = tape.op("ArgMax", [mask], {"axis": 1, "keepdims": 1})
+    kept = tape.op("Sign", [mask])  # whatever is not zero is no padding
+    before = tape.op("ArgMax", [kept], {"axis": 1, "keepdims": 1})
     # The kernel reads counted[0, 0] of a first prompt, which is 0, and counts on.
     counted = prompt.op(
-        "Mul", [prompt.op("Range", [zero, prompt.op("Squeeze", [length]), one]), mask]
+        "Mul", [prompt.op("Range", [zero, prompt.op("Squeeze", [length]), one]), kept]
     )
-    wanted = prompt.op("Mul", [prompt.op("Add", [own, before]), mask])
+    wanted = prompt.op("Mul", [prompt.op("Add", [own, before]), kept])
     wrong = prompt.op("Not", [prompt.op("Equal", [counted, wanted])])
     index = prompt.op("ReduceMax", [prompt.op("Cast", [wrong], {"to": _INT64})], {"keepdims": 0})
     checked = prompt.op("Gather", [only, index])
     counted = prompt.op("Add", [counted, checked])
-    placed = later.op("Add", [own, before])
+    # Positions of padding may be negative, and the kernel looks at them.
+    placed = later.op("Max", [later.op("Add", [own, before]), zero])
     branches = {}
     for name, part, value in (("then_branch", prompt, counted), ("else_branch", later, placed)):
         _named(part, f"places/{name}", checked)

@@ -210,7 +210,7 @@ def _infer(node: ir.Node, contents: dict[ir.Value, _Dims]) -> _Dims | None:
     if op in _UNARY:
         return x
     if op in _BROADCAST or op == "Where":
-        return _broadcast(shapes)
+        return broadcast(shapes)
     if op == "Transpose":
         perm = node.attributes.get_ints("perm", tuple(reversed(range(len(x)))))
         return [x[i] for i in perm]
@@ -221,7 +221,7 @@ def _infer(node: ir.Node, contents: dict[ir.Value, _Dims]) -> _Dims | None:
         )
     if op == "Expand":
         target = _contents(node.inputs[1], contents)
-        return None if target is None else _broadcast([x, target])
+        return None if target is None else broadcast([x, target])
     if op == "Unsqueeze":
         return _unsqueeze(x, ints(node, "axes", 1))
     if op == "MatMul":
@@ -240,7 +240,7 @@ def _infer(node: ir.Node, contents: dict[ir.Value, _Dims]) -> _Dims | None:
     return None
 
 
-def _broadcast(shapes: Sequence[_Dims | None]) -> _Dims | None:
+def broadcast(shapes: Sequence[_Dims | None]) -> _Dims | None:
     known = [s for s in shapes if s is not None]
     if len(known) != len(shapes):
         return None
@@ -286,7 +286,7 @@ def _unsqueeze(x: _Dims, axes: list[int] | None) -> _Dims | None:
 def _matmul(a: _Dims, b: _Dims | None) -> _Dims | None:
     if b is None or len(a) < 2 or len(b) < 2:
         return None
-    batch = _broadcast([a[:-2], b[:-2]]) if a[:-2] or b[:-2] else []
+    batch = broadcast([a[:-2], b[:-2]]) if a[:-2] or b[:-2] else []
     return None if batch is None else [*batch, a[-2], b[-1]]
 
 

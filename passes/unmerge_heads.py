@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qcompile.passes.constants import shared_constant
 from qcompile.passes.matching import build, is_op, made_by, operands, put_for, scalar_of
-from qcompile.passes.symbolic_shapes import SymbolicShapes, dims_of
+from qcompile.passes.symbolic_shapes import SymbolicShapes, broadcast, dims_of
 
 
 class UnmergeHeads(ir.passes.InPlacePass):
@@ -44,6 +44,9 @@ def _unmerge(graph: ir.Graph, reshape: ir.Node) -> bool:
         for node in apart.nodes:
             node.resize_inputs(0)  # or they would go on reading what they were made of
         return False
+    for at, node in enumerate(apart.nodes):
+        # Layers may share what was merged: named after that, nodes would be named alike.
+        node.name = f"{reshape.name}/{at}/{node.op_type}"
     shape = found.shape
     put_for(graph, reshape.outputs[0], apart.nodes, found)
     found.shape = shape
@@ -84,7 +87,7 @@ class _Apart:
             return self._made("Transpose", inputs, [a[3], a[2]], node, {"perm": (0, 1, 3, 2)})
         if node.op_type == "MatMul":
             return self._made("MatMul", inputs, [a[2], b[3]], node)
-        return self._made("Add", inputs, a[2:] if b[2] == 1 else b[2:], node)
+        return self._made("Add", inputs, (broadcast([a, b]) or [])[2:], node)
 
     def _scaled(self, node: ir.Node) -> ir.Value | None:
         for value, factor in operands(node):

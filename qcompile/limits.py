@@ -279,9 +279,10 @@ def check_edge(target: Target, config: CompileConfig) -> None:
     if not target.tensors:
         if config.opset != CompileConfig.model_fields["opset"].default:
             raise ConfigError(f"opset {config.opset} is for target onnx-edge; {target.name} has 23")
-        asked = sorted(config.edge.model_fields_set)
-        if config.edge != EdgeOptions():
-            raise ConfigError(f"{asked[0]} is for target onnx-edge, and not for {target.name}")
+        plain = EdgeOptions()
+        for field in EdgeOptions.model_fields:
+            if getattr(config.edge, field) != getattr(plain, field):
+                raise ConfigError(f"{field} is for target onnx-edge, and not for {target.name}")
         return
     for field in (
         *("activations", "objective", "max_kl", "min_speedup", "costs", "plan_in"),

@@ -28,9 +28,6 @@ FOLDED: Final[tuple[Method, ...]] = ("awq", "awq+gptq")
 SEQUENTIAL: Final[tuple[Method, ...]] = ("gptq", "awq+gptq", "adaround", "lkd", "spqr")
 """Methods that see what the layers before, already rounded, hand on."""
 
-CALIBRATED: Final[tuple[Method, ...]] = ("awq", "gptq", "awq+gptq", "adaround", "lkd", "spqr")
-"""Methods that look at calibration data."""
-
 PER_CHANNEL: Final[tuple[Method, ...]] = ("rtn", "mse", "gptq", "adaround")
 """Methods for weights with a scale per output channel, where activations have codes, too."""
 

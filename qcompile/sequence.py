@@ -83,19 +83,23 @@ def _parts(model: ir.Model, sites: Sequence[Site]) -> Iterator[tuple[Site, Part]
     starts = {site.name: min(place[linear.matmul] for linear in site.linears) for site in sites}
     ordered = sorted(sites, key=lambda site: starts[site.name])
     yield from zip(
-        ordered, parts_before(model, [starts[site.name] for site in ordered]), strict=True
+        ordered,
+        parts_before(model, [starts[site.name] for site in ordered], [site.x for site in ordered]),
+        strict=True,
     )
 
 
-def parts_before(model: ir.Model, places: Sequence[int]) -> Iterator[Part]:
+def parts_before(
+    model: ir.Model, places: Sequence[int], wanted: Sequence[ir.Value] = ()
+) -> Iterator[Part]:
     """What leads to the cut before the node at each of `places`, ascending, from the cut before
     it; the number of nodes stands for the end.
 
     What depends on no input, a transposed weight, is not handed on: it would be kept once a batch.
-    Whatever reads it computes it again. Only a site's own input always is.
+    Whatever reads it computes it again. Only a site's own input, and what is `wanted`, always is.
     """
     nodes = list(model.graph)
-    fed = {*model.graph.inputs, *(linear.x for linear in find_linears(model.graph))}
+    fed = {*model.graph.inputs, *wanted, *(linear.x for linear in find_linears(model.graph))}
     for node in nodes:
         if not fed.isdisjoint(_reads(node)):
             fed.update(node.outputs)

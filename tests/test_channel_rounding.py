@@ -32,6 +32,7 @@ from qcompile.weights import (
     violations,
 )
 from tests.edge.models import convolutional, images, saved, sentences, transformer
+from tests.support import from_text
 from tests.test_methods import problem
 
 seeds = st.integers(0, 2**32 - 1)
@@ -290,3 +291,27 @@ def test_a_profile_without_scales_per_channel_of_linears_refuses(
 ) -> None:
     with pytest.raises(ConfigError, match="scale per output channel, which profile"):
         edge(tmp_path, "w8a8:gptq", transformer(), sentences(), target=target)
+
+
+def test_a_linear_that_no_input_changes(tmp_path: Path) -> None:
+    """What it reads is made of constants alone, and is wanted all the same."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (32, 32), "v": (32, 32), "e": (4, 32), "s": (32,), "b": (32,)}
+    constants: Any = {n: rng.standard_normal(size).astype(np.float32) for n, size in shapes.items()}
+    model = from_text(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[B,32] x, float[32,32] w, float[32,32] v, float[4,32] e, float[32] s, float[32] b)
+          => (float[B,32] y) {
+          q = LayerNormalization (e, s) p = MatMul (q, w) k = Add (p, b)
+          m = ReduceMax <keepdims = 0> (k) h = MatMul (x, v) i = Add (h, b) y = Add (i, m)
+        }""",
+        **constants,
+    )
+    made = qcompile.compile(
+        saved(model, tmp_path / "model.onnx"),
+        target="onnx-edge",
+        scheme="w8a8:gptq",
+        calibration=[{"x": rng.standard_normal((16, 32)).astype(np.float32)}],
+        output=tmp_path / "made",
+    )
+    assert sum(unit.codes is not None for unit in made.report.units if unit.op == "Gemm") >= 1

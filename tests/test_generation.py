@@ -19,6 +19,7 @@ from qcompile.passes.packed_attention import GUARD, PackedAttention
 from qcompile.targets import Target
 from qcompile.targets.ort_cpu import OrtCpu
 
+import qcompile
 from qcompile import frontend
 from qcompile.config import CompileConfig
 from qcompile.errors import ModelError
@@ -199,3 +200,17 @@ def test_what_is_refused_is_named(tmp_path: Path) -> None:
     models.MptForCausalLM(small).save_pretrained(tmp_path / "source")
     with pytest.raises(ModelError, match=r"transformer\.blocks\.0\.attn .*not recognised"):
         compile_cached(tmp_path / "source", tmp_path)
+
+
+def test_codes_with_biases_by_place(tmp_path: Path) -> None:
+    """BLOOM's layers share what was made of the mask; what is made of that has other names."""
+    save("bloom", tmp_path / "source")
+    ids = np.random.default_rng(0).integers(3, 256, (6, 24))
+    made = qcompile.compile(
+        tmp_path / "source",
+        scheme="w8a8",
+        calibration=[{"input_ids": ids, "attention_mask": np.ones_like(ids)}],
+        config=CompileConfig(samples=4, objective="scheme", cache=True),
+        output=tmp_path / "made",
+    )
+    assert made.report.ops_by_precision["int8"] == 9

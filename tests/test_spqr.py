@@ -112,7 +112,7 @@ def test_dead_inputs() -> None:
         ("w4a16:spqr-sparse", "no fast product of a sparse matrix"),
         ("w8a16:spqr-bilevel", "MatMulNBits takes floats"),
         ("spqr", r"unknown scheme 'spqr' \(a method follows a scheme: w4a16:spqr\)"),
-        ("llm-int8:spqr", "scheme llm-int8 has no methods"),
+        ("llm-int8:spqr", "scheme llm-int8 has no method spqr"),
     ],
 )
 def test_what_is_refused_and_why(name: str, message: str) -> None:

@@ -174,6 +174,9 @@ def test_what_is_known_of_masks() -> None:
     assert sloped is not None and sloped.causal and sloped.slopes == (0.5, -0.25, 0.125, 2.0)
     assert meaning(COUNTED) is None
     assert meaning(ALIBI.replace("CumSum (mask", "CumSum (ones")) is None
+    for most in ("20.0", "30.5", "7000.5"):
+        capped = f"most = Constant <value_float = {most}> () f = Min (g, most) wide"
+        assert meaning(ALIBI.replace("f = Cast", "g = Cast").replace("wide", capped, 1)) is None
     window = "two = Add (at, at) t = Unsqueeze (two, rows) keep = LessOrEqual (c, t)"
     assert meaning(f"{CAUSAL} {window}") is None
 

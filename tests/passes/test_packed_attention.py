@@ -63,21 +63,24 @@ PLACES = f"""
     length = Shape <start = 1, end = 2> (input_ids)
     whole = Shape <start = 1, end = 2> (attention_mask)
     prompt = Equal (length, whole)
-    before = ArgMax <axis = 1, keepdims = 1> (attention_mask)
+    kept = Sign (attention_mask)
+    before = ArgMax <axis = 1, keepdims = 1> (kept)
     own = If (prompt) <
       then_branch = first () => (int64[B,S] places) {{
         count = Squeeze (length)
         range = Range (zero, count, one)
-        counted = Mul (range, attention_mask)
+        counted = Mul (range, kept)
         shifted = Add (position_ids, before)
-        wanted = Mul (shifted, attention_mask)
+        wanted = Mul (shifted, kept)
         agree = Equal (counted, wanted)
         apart = Not (agree)
         wrong = Cast <to = {INT64}> (apart)
         index = ReduceMax <keepdims = 0> (wrong)
         fine = Gather (only, index)
         places = Add (counted, fine) }},
-      else_branch = later () => (int64[B,S] after) {{ after = Add (position_ids, before) }}>
+      else_branch = later () => (int64[B,S] after) {{
+        moved = Add (position_ids, before)
+        after = Max (moved, zero) }}>
 """
 CONSTANTS = "<int64 zero = {0}, int64 one = {1}, int64[1] only = {0}>"
 AFTER = SIGNATURE.format(MADE)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from qcompile.passes.unmerge_heads import UnmergeHeads
 
-from tests.passes.rewriting import assert_leaves, assert_rewrites
+from tests.passes.rewriting import HEADER, assert_leaves, assert_rewrites, typed
+from tests.support import from_text, ops
 
 RNG = np.random.default_rng(0)
 SIGNATURE = "g (float[2,3,5,8] q, float[2,3,5,8] k, float[2,3,5,8] v, float[2,3,5] a)"
@@ -31,6 +34,20 @@ def normal(*shape: int) -> np.ndarray:
 def test_attention_of_bmm() -> None:
     feed = {name: normal(2, 3, 5, 8) for name in "qkv"} | {"a": normal(2, 3, 5)}
     assert_rewrites(UnmergeHeads(), MERGED, APART, feed, atol=1e-6)
+
+
+def test_layers_that_share_a_term_have_names_of_their_own() -> None:
+    signature, body = MERGED.replace("8] y)", "8] y, float[2,3,5,8] z)").rsplit("{", 1)
+    first = body.replace("y =", "z =").rsplit("}", 1)[0]
+    again = body.split("a3 = Reshape (a, row)")[1]
+    for name in ("kt", "s", "m", "d", "n", "o", "w", "w3", "p"):
+        again = re.sub(rf"\b{name}\b(?=[ ,)])", f"{name}b", again)
+    model = typed(from_text(f"{HEADER}{signature}{{{first}{again}"))
+    for node in model.graph:
+        node.name = f"node_{node.outputs[0].name}"
+    assert UnmergeHeads()(model).modified
+    names = [node.name for node in model.graph]
+    assert len(set(names)) == len(names) and ops(model).count("MatMul") == 4
 
 
 @pytest.mark.parametrize(
