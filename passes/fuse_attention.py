@@ -131,13 +131,8 @@ def _unmasked(scores: ir.Value) -> list[tuple[ir.Value, list[ir.Value]]]:
     ]
 
 
-def _summed(
-    graph: ir.Graph,
-    node: ir.Node,
-    masks: list[ir.Value],
-    made: _Made,
-) -> ir.Value | None:
-    """The sum of `masks`, made once for all layers, where the last of the masks is there."""
+def _summed(graph: ir.Graph, node: ir.Node, masks: list[ir.Value], made: _Made) -> ir.Value | None:
+    """The sum of `masks`, made once for all layers, before the first that adds it."""
     if len(masks) < 2:
         return masks[0] if masks else None
     key = tuple(sorted(masks, key=id))

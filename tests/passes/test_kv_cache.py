@@ -110,6 +110,16 @@ def stepped(model: ir.Model, feed: Feed, prompt: int, cache: Feed | None = None)
     return np.concatenate(found, axis=1)
 
 
+def assert_the_same_in_steps(before: ir.Model, after: ir.Model) -> None:
+    """With padding before the tokens and between them, after prompts of three lengths."""
+    for padding in ([1] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 0, 1, 1, 1]):
+        feed = tokens([padding, [1] * 9])
+        wanted, real = run_model(before, feed)["y"], feed["attention_mask"] == 1
+        for prompt in (1, 5, 9):
+            found = stepped(after, feed, prompt)
+            np.testing.assert_allclose(found[real], wanted[real], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("mask", "attributes"),
     [
@@ -129,12 +139,7 @@ def test_attention_keeps_keys_and_values(mask: str, attributes: str) -> None:
     assert [v.name for v in after.graph.outputs] == ["y", "present.0.key", "present.0.value"]
     check_model(after)
     assert_idempotent(KvCache(), after)
-    for padding in ([1] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 0, 1, 1, 1]):
-        feed = tokens([padding, [1] * 9])
-        wanted, real = run_model(before, feed)["y"], feed["attention_mask"] == 1
-        for prompt in (1, 5, 9):
-            found = stepped(after, feed, prompt)
-            np.testing.assert_allclose(found[real], wanted[real], rtol=0, atol=1e-5)
+    assert_the_same_in_steps(before, after)
 
 
 def test_scores_that_are_capped() -> None:
@@ -157,12 +162,7 @@ def test_biases_by_place() -> None:
     before, after = model_of(ALIBI), model_of(ALIBI)
     assert KvCache()(after).modified
     assert_idempotent(KvCache(), after)
-    for padding in ([1] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 0, 1, 1, 1]):
-        feed = tokens([padding, [1] * 9])
-        wanted, real = run_model(before, feed)["y"], feed["attention_mask"] == 1
-        for prompt in (1, 5, 9):
-            found = stepped(after, feed, prompt)
-            np.testing.assert_allclose(found[real], wanted[real], rtol=0, atol=1e-5)
+    assert_the_same_in_steps(before, after)
 
 
 def test_heads_first() -> None:
