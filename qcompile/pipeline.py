@@ -54,6 +54,7 @@ from qcompile.passes.outer_product import OuterProduct
 from qcompile.passes.packed_attention import PackedAttention
 from qcompile.passes.permute_channels import PermuteChannels
 from qcompile.passes.quantize import Quantize
+from qcompile.passes.scale_columns import ScaleColumns
 from qcompile.passes.smooth_quant import SmoothQuant
 from qcompile.passes.unmerge_heads import UnmergeHeads
 from qcompile.passes.untie import Untie
@@ -237,7 +238,11 @@ def compile_shared(
             packing = PackedAttention(model.max_length)
             run(
                 graph,
-                [*([packing] if target.packs else ()), JoinProducts(plan_joins(plan, target))],
+                [
+                    *([packing] if target.packs else ()),
+                    JoinProducts(plan_joins(plan, target)),
+                    *([ScaleColumns()] if target.scales_columns else ()),
+                ],
             )
             apart = packing.notes
         path = target.emit(graph, folder)

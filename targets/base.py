@@ -68,6 +68,8 @@ class Target(abc.ABC):
     """Whether one kernel for all weight-only products of an activation is faster, of one token."""
     packs: bool = False
     """Whether attention with a cache takes queries, keys and values as one product, and rotates."""
+    scales_columns: bool = False
+    """Whether its integer kernel takes a token faster without the scales of output channels."""
     symmetric: bool = False
     """Whether static codes have to be symmetric around zero: kernels without a zero point."""
     blockwise: bool = True

@@ -46,6 +46,7 @@ class OrtCpu(Target):
     caches = ("float32",)
     joins = True
     packs = True
+    scales_columns = True
     converted_as = MappingProxyType({"llm-int8": "token"})
     capabilities = (
         Capability("MatMul", "static", "int8 per output channel", _KERNEL, "the fastest"),
