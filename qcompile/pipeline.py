@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
 from qcompile import artifact, frontend
+from qcompile.cache import MAX_LENGTH
 from qcompile.cache_effect import cache_report
 from qcompile.cache_plan import CachePlan
 from qcompile.cache_planning import plan_cache
@@ -240,6 +241,8 @@ def compile_shared(
                 [*([packing] if target.packs else ()), JoinProducts(plan_joins(plan, target))],
             )
             apart = packing.notes
+            if model.max_length is not None:
+                graph.metadata_props[MAX_LENGTH] = str(model.max_length)
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:

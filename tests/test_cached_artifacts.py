@@ -73,12 +73,39 @@ def test_run_says_that_positions_ran_out(compile_cached: Cached, run_cli: RunCli
         ([[1, -1]], "holds -1"),
         ([[10**6]], "holds 1000000"),
         ([[1.5]], "holds 1.5"),
+        ([[None]], "holds None"),
+        ("def", "holds 'd', which is no token of the model .*tokenizer makes them of text"),
+        (["def"], "holds 'd'"),
+        ([1, 2], "a list with a list of token ids for each"),
+        (np.ones(3, np.int64), "a list with a list of token ids for each"),
+        (np.ones((0, 3), np.int64), "there is no prompt"),
     ],
 )
 def test_prompts_that_are_none(compile_cached: Cached, prompts: Any, told: str) -> None:
     session = qcompile.load(compile_cached("fp32").path)
     with pytest.raises(ConfigError, match=told):
-        next(generate(session, prompts, 4))
+        generate(session, prompts, 4)
+
+
+def test_prompts_in_an_array(compile_cached: Cached) -> None:
+    session = qcompile.load(compile_cached("fp32").path)
+    prompts: Any = np.array([[17, 200, 5], [90, 14, 3]])
+    found, wanted = (list(generate(session, p, 4)) for p in (prompts, prompts.tolist()))
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_no_sequence_is_no_crash(compile_cached: Cached) -> None:
+    with pytest.raises(ConfigError, match="a batch of 0 sequences"):
+        Decoder(qcompile.load(compile_cached("fp32").path), 0, 4)
+
+
+def test_as_many_tokens_as_there_are_positions(compile_cached: Cached) -> None:
+    session = qcompile.load(compile_cached("fp32").path)
+    prompts = [[17] * 508, [17] * 3]
+    # The last of them is not read again.
+    assert len(list(generate(session, prompts, 5))) == 5
+    with pytest.raises(ConfigError, match=r"508 tokens and 6 new ones .* 512 positions"):
+        generate(session, prompts, 6)
 
 
 def test_speeds_of_other_kernels_are_none(
