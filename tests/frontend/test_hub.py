@@ -74,6 +74,7 @@ def test_quantised_already(publish: Publish, tmp_path: Path) -> None:
     assert quantized_by("org/small-gptq") == "gptq"
     artifact = qcompile.compile("org/small-gptq", config=SMALL, output=tmp_path / "out")
     assert artifact.report.scheme == "checkpoint"
+    assert {op.method for op in artifact.report.ops} == {None}  # not by any of ours
     shipped = shipped_weights(artifact.path)
     assert shipped.keys() == packed.weights.keys()
 
