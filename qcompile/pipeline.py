@@ -175,7 +175,9 @@ def compile_shared(
         with phases.phase("plan"):
             sites = find_sites(graph.graph)
             plan, notes = keep_plan(sites, model.checkpoint, target, model.adapter)
-        PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
+        PlanFile.of(target_spec, scheme.by(config.method), plan, smoothing, config.recipe).write(
+            folder / PLAN
+        )
     elif model.checkpoint is not None:
         notes.append(
             f"{model.checkpoint.description}: its codes are dequantised, as the scheme says"
@@ -218,7 +220,9 @@ def compile_shared(
         else:
             graph, smoothing, plan = apply(chosen)
         ranges = find_ranges(model.ir, graph, stats, smoothing)
-        PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
+        PlanFile.of(target_spec, scheme.by(config.method), plan, smoothing, config.recipe).write(
+            folder / PLAN
+        )
     rows = site_rows(stats, smoothing, plan)
     stats.clear()
     smoothed = graph.clone()

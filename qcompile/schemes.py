@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Final
 
 from qcompile.config import Activations
@@ -39,6 +40,10 @@ class Scheme:
     def base(self) -> str:
         """The name without cache and method."""
         return self.name.partition(":")[0].removesuffix(f"kv{self.cache_bits}")
+
+    def by(self, method: Method | None) -> str:
+        """The name, with the `method` that a configuration gave beside it."""
+        return self.name if method in (None, self.method) else f"{self.name}:{method}"
 
     @property
     def in_blocks(self) -> bool:
@@ -142,6 +147,13 @@ def get_scheme(name: str) -> Scheme:
         check_method(scheme, known)
     method_ = known or scheme.method
     return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix), method=method_)
+
+
+def rounds_alike(one: str, other: str) -> bool:
+    """Whether two names differ by the type of a cache at most."""
+    parts = [name.partition(":") for name in (one, other)]
+    bare = [re.sub(f"({'|'.join(CACHES)})$", "", whole) for whole, _, _ in parts]
+    return bare[0] == bare[1] and parts[0][2] == parts[1][2]
 
 
 def check_method(scheme: Scheme, method: Method) -> None:
