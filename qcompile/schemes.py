@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from qcompile.config import Activations
@@ -129,6 +130,13 @@ def get_scheme(name: str) -> Scheme:
         if name in METHODS:
             hint = f"a method follows a scheme: w4a16:{name}"
         raise ConfigError(f"unknown scheme {name!r}", hint=hint)
+    if colon and not method:
+        raise ConfigError(
+            f"scheme {name!r} names no method after its colon",
+            hint=f"{whole} alone, or one of {', '.join(scheme.methods)} after it"
+            if scheme.methods
+            else f"{whole} alone",
+        )
     if method == "dq" and scheme.labels in (("nf4",), ("fp4",)):
         raise ConfigError(
             "double quantisation of the scales: ONNX Runtime's MatMulBnb4 takes them as floats",
@@ -173,12 +181,23 @@ def parse_schemes(text: str) -> list[str]:
     """``w8a8,w4a16:gptq`` as a list.
 
     Raises:
-        ConfigError: it is empty, or names one twice.
+        ConfigError: a name is missing, or there twice.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",")]
+    if any(names) and not all(names):
+        raise ConfigError(f"compare: a scheme is missing beside a comma of {text!r}")
+    check_schemes([name for name in names if name])
+    return names
+
+
+def check_schemes(names: Sequence[str]) -> None:
+    """Refuse to compare what is none or the same.
+
+    Raises:
+        ConfigError: there is no name, or one is there twice.
+    """
     if not names:
         raise ConfigError("compare names no scheme")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"compare names {twice} twice")
-    return names

@@ -11,7 +11,7 @@ from qcompile import frontend
 from qcompile.calibration.data import CalibrationData, check_calibration_path
 from qcompile.calibration.stats import Stats
 from qcompile.config import CompileConfig
-from qcompile.errors import ConfigError
+from qcompile.errors import CalibrationError, ConfigError
 from qcompile.limits import check_edge, check_plan_files, check_target
 from qcompile.schemes import Scheme
 from qcompile.targets import Target, get_target
@@ -71,6 +71,10 @@ def checked(
     if scheme.cache_bits is not None:
         config = config.model_copy(update={"cache": True})
     check_plan_files(scheme, config)
+    if isinstance(calibration, str) and not calibration.strip():
+        raise CalibrationError(
+            "calibration is an empty name", hint="leave it out to have data generated"
+        )
     if isinstance(calibration, str | Path):
         check_calibration_path(Path(calibration))
     return chosen_target, config

@@ -19,12 +19,12 @@ from qcompile.targets.ort_cpu import OrtCpu
 import qcompile
 from qcompile import benching
 from qcompile.artifact import read_sample
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, ModelError
 from qcompile.genai import end_tokens
 from qcompile.generation import Decoder, generate
 from qcompile.metrics import Accuracy
 from qcompile.names import apart
-from qcompile.running import Stream, prompt_tokens
+from qcompile.running import Stream, check_cache, prompt_tokens
 from qcompile.session import HERE, run_outputs
 from qcompile.stepping import check_steps
 from tests.cli_runner import RunCli
@@ -141,6 +141,32 @@ def test_run_says_what_is_wrong(
     assert "has no tokenizer" in run_cli("run", bare, PROMPT).error
 
 
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (
+            {"kind": "text-generation", "target": "ort-cpu:avx2"},
+            "x has no cache to generate with (compile the model with --cache)",
+        ),
+        (
+            {"kind": "text-generation", "target": "onnx-edge:qnn"},
+            "x has no cache to generate with, and target onnx-edge:qnn has none "
+            "(compile the model with --cache for ort-cpu or ort-cuda)",
+        ),
+        (
+            {"kind": "feature-extraction", "target": "ort-cpu"},
+            "x cannot generate: it is no causal language model",
+        ),
+    ],
+)
+def test_what_can_be_done_about_a_missing_cache(
+    compiled_tiny: qcompile.Artifact, record: dict[str, str], told: str
+) -> None:
+    with pytest.raises(ModelError) as refused:
+        check_cache(Path("x"), record, compiled_tiny.session())
+    assert str(refused.value) == told
+
+
 def test_a_prompt_goes_into_the_chat_template(tiny_opt: Path) -> None:
     load: Any = transformers.AutoTokenizer.from_pretrained
     tokenizer = load(tiny_opt)
@@ -177,7 +203,7 @@ def test_bench_compares(
     rows = json.loads(run_cli("bench", *folders, *few, "--batch", 2, "--json").stdout)
     assert [row["folder"] for row in rows] == [str(folder) for folder in folders]
     assert all(row["prefill"] > 0 and row["decode"] > 0 for row in rows)
-    assert "compile with --cache" in run_cli("bench", compiled_tiny.path, *few).error
+    assert "compile the model with --cache" in run_cli("bench", compiled_tiny.path, *few).error
     assert (
         "512 positions, fewer than 600" in run_cli("bench", folders[0], "--new-tokens", 472).error
     )
