@@ -14,9 +14,10 @@ import onnxruntime as ort
 
 from qcompile.artifact import GRAPH, read_record
 from qcompile.cache import empty, is_past
-from qcompile.errors import ConfigError, ModelError
+from qcompile.errors import ConfigError
 from qcompile.generation import Decoder
 from qcompile.headline import megabytes
+from qcompile.running import check_cache
 from qcompile.session import open_session
 from qcompile.targets import get_target
 
@@ -75,11 +76,8 @@ def bench(
         )
         for folder, runtime in zip(folders, runtimes, strict=True)
     }
-    for name, session in sessions.items():
-        try:
-            Decoder(session, 1, 1)
-        except ModelError as error:
-            raise ModelError(f"{name}: {error}") from error
+    for folder, record in zip(folders, records, strict=True):
+        check_cache(folder, record, sessions[str(folder)])
     wanted = sum(_bytes_of(s, batch, prompt, new_tokens) for s in sessions.values())
     free = available_bytes()
     if free is not None and wanted > free:

@@ -21,6 +21,9 @@ POSITIONS: Final = "position_ids"
 """The other inputs: the new tokens, what is real of them and of what is in the cache, and each new
 token's place among what is real."""
 
+MAX_LENGTH: Final = "max_length"
+"""In the graph's metadata: how many positions the model has."""
+
 _TYPES: Final = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -47,6 +50,12 @@ def is_present(name: str) -> bool:
 def has_cache(session: ort.InferenceSession) -> bool:
     """Whether the graph keeps keys and values."""
     return any(is_past(i.name) for i in session.get_inputs())
+
+
+def positions_of(session: ort.InferenceSession) -> int | None:
+    """How many positions the model has, where its graph says so."""
+    found = session.get_modelmeta().custom_metadata_map.get(MAX_LENGTH, "")
+    return int(found) if found.isdecimal() else None
 
 
 def fed(session: ort.InferenceSession, feed: Mapping[str, Any]) -> dict[str, Any]:

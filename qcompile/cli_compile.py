@@ -143,11 +143,7 @@ from qcompile.errors import ConfigError
     help="A language model keeps keys and values: for `qcompile run`.  [default: with kv8, kv4]",
 )
 @click.option("--last-logits", is_flag=True, help="With a cache: of a prompt, the last logits.")
-@click.option(
-    "--adapter",
-    type=click.Path(path_type=Path),
-    help="Folder or hub id of a PEFT adapter (LoRA) for MODEL.",
-)
+@click.option("--adapter", help="Folder or hub id of a PEFT adapter (LoRA) for MODEL.")
 @click.option(
     "--keep-adapter",
     "adapter_mode",

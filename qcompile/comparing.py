@@ -18,6 +18,7 @@ from qcompile.limits import check_seq_len
 from qcompile.pipeline import compile_shared
 from qcompile.progress import Phases
 from qcompile.report import Report
+from qcompile.schemes import check_schemes
 from qcompile.shared import Calibration, Shared, checked
 from qcompile.staging import COMPARISON, staged
 
@@ -67,6 +68,7 @@ def compare_schemes(
     """
     if config.plan_in is not None or config.plan_out is not None:
         raise ConfigError("a plan is of one scheme, so plan_in and plan_out are not for comparing")
+    check_schemes(schemes)
     chosen = {name: choose_scheme(source, name) for name in schemes}
     ready = {name: checked(target, chosen[name], calibration, config) for name in schemes}
     check_seq_len(source, calibration, config)

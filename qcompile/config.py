@@ -230,7 +230,7 @@ class CompileConfig(_Frozen):
     shapes: tuple[Shape, ...] = ()
     cache: bool | None = None
     last_logits: bool = False
-    adapter: Path | None = None
+    adapter: str | Path | None = None
     adapter_mode: AdapterMode = "merge"
     strict: bool = True
     format: Literal["onnx", "ort"] = "onnx"

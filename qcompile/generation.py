@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from qcompile.cache import bind_shared, has_cache
+from qcompile.cache import bind_shared, has_cache, positions_of
 from qcompile.errors import ConfigError, ModelError
 from qcompile.session import device_of
 
@@ -30,12 +30,15 @@ class Decoder:
 
     Raises:
         ModelError: the graph keeps no keys and values, or has no logits.
+        ConfigError: no sequence at all, which would end the process inside ONNX Runtime.
     """
 
     def __init__(self, session: ort.InferenceSession, batch: int, capacity: int) -> None:
         outputs = [o.name for o in session.get_outputs()]
         if not has_cache(session) or _LOGITS not in outputs:
             raise ModelError("the graph has no cache to generate with", hint="compile with --cache")
+        if batch < 1:
+            raise ConfigError(f"a batch of {batch} sequences cannot be decoded")
         self._session = session
         self._inputs = {i.name for i in session.get_inputs()}
         self._capacity = capacity
@@ -100,24 +103,64 @@ def generate(
     Args:
         session: of a graph with a cache.
         prompts: token ids, none of them empty.
-        new_tokens: the most tokens to yield. How many positions the model has, the caller knows.
+        new_tokens: the most tokens to yield.
         temperature: 0: the likeliest token; else one is drawn, from the logits divided by it.
         seed: of the draws.
 
     Raises:
-        ConfigError: no prompt, an empty one, or one of what is no token; less than none asked for.
+        ConfigError: no prompt, an empty one, or one of what is no token; less than none asked for,
+            or more than the model has positions, where the graph says how many.
+        ModelError: the graph has no cache.
     """
-    if not prompts or not all(map(len, prompts)):
-        raise ConfigError("a prompt has no tokens" if prompts else "there is no prompt")
+    size = next((o.shape[-1] for o in session.get_outputs() if o.name == _LOGITS), None)
+    rows = _checked(prompts, size if isinstance(size, int) else None)
     if new_tokens < 0:
         raise ConfigError(f"{new_tokens} tokens cannot be generated")
-    size = next((o.shape[-1] for o in session.get_outputs() if o.name == _LOGITS), None)
-    for given in itertools.chain.from_iterable(prompts):
-        if int(given) != given or given < 0 or (isinstance(size, int) and given >= size):
-            raise ConfigError(f"a prompt holds {given}, which is no token of the model")
-    ids, mask = pad_left(prompts)
-    decoder = Decoder(session, len(prompts), ids.shape[1] + new_tokens)
-    rng = np.random.default_rng(seed)
+    ids, mask = pad_left(rows)
+    most = positions_of(session)
+    # The last token is not read again, so that it needs no position.
+    if most is not None and ids.shape[1] + max(new_tokens, 1) - 1 > most:
+        raise ConfigError(
+            f"a prompt of {ids.shape[1]} tokens and {new_tokens} new ones are more than the "
+            f"model's {most} positions"
+        )
+    decoder = Decoder(session, len(rows), ids.shape[1] + new_tokens)
+    return _steps(decoder, ids, mask, new_tokens, temperature, np.random.default_rng(seed))
+
+
+def _checked(prompts: Sequence[Sequence[int]], vocabulary: int | None) -> list[list[int]]:
+    """`prompts` as lists of integers.
+
+    Raises:
+        ConfigError: see `generate`.
+    """
+    try:
+        rows = [list(prompt) for prompt in prompts]
+    except TypeError:  # also of numbers in the place of prompts
+        raise ConfigError("prompts are a list with a list of token ids for each") from None
+    if not rows or not all(rows):
+        raise ConfigError("a prompt has no tokens" if rows else "there is no prompt")
+    for given in (token for row in rows for token in row):
+        try:
+            known = operator.index(given) >= 0 and (vocabulary is None or given < vocabulary)
+        except TypeError:
+            known = False
+        if not known:
+            raise ConfigError(
+                f"a prompt holds {given!r}, which is no token of the model",
+                hint="prompts are token ids; the model's tokenizer makes them of text",
+            )
+    return rows
+
+
+def _steps(
+    decoder: Decoder,
+    ids: Tokens,
+    mask: Tokens,
+    new_tokens: int,
+    temperature: float,
+    rng: np.random.Generator,
+) -> Iterator[Tokens]:
     logits = decoder.step(ids, mask)[:, -1]
     for left in range(new_tokens - 1, -1, -1):
         token = _drawn(logits, temperature, rng)

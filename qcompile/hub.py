@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Final
@@ -17,19 +18,25 @@ _NOT_READ: Final = ["*/*", "consolidated*", "*.fp16*", "*.bf16*", "training_args
 
 
 def is_hub_id(source: object) -> bool:
-    """Whether `source`, as `qcompile.frontend.load` takes it, is a name like ``org/model``."""
+    """Whether `source`, as `qcompile.frontend.load` takes it, is a name like ``gpt2`` or
+    ``org/model``, and no path: neither it nor the folder that it would be in is here."""
     text = str(source)
-    return (
-        isinstance(source, str | Path)
-        and text.count("/") == 1
-        and not text.startswith((".", "/", "~"))
-        and not text.endswith((".onnx", ".gguf"))
-        and ".py:" not in text
-        and not Path(text).exists()
-    )
+    if not isinstance(source, str | Path) or text.endswith((".onnx", ".gguf", ".py")):
+        return False
+    # Not by Path, which raises where the system does not say that a path is absent.
+    if os.path.exists(text) or os.path.exists(text.rpartition("/")[0]):
+        return False
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
 
 
-def model_folder(source: str, *, weights: bool = False) -> Path:
+def model_folder(source: str, *, weights: bool = False, kind: str = "model") -> Path:
     """The folder of a model: `source` itself, or of a hub id the cache's, filled as far as wanted.
 
     Downloads are huggingface_hub's, with its cache, tokens and environment variables.
@@ -37,22 +44,23 @@ def model_folder(source: str, *, weights: bool = False) -> Path:
     Args:
         source: a folder or a hub id.
         weights: fetch these too, not only configuration, tokenizer and code.
+        kind: what it is called where it cannot be had: ``model`` or ``adapter``.
 
     Raises:
         ModelError: the hub has no such model, or does not give it out, or is out of reach.
     """
     if not is_hub_id(source):
         return Path(source)
-    folder = _fetched(source, _SMALL)
+    folder = _fetched(source, _SMALL, kind)
     if weights:
         for patterns in _WEIGHTS:
-            folder = _fetched(source, patterns)
+            folder = _fetched(source, patterns, kind)
             if any(path for pattern in patterns for path in folder.glob(pattern)):
                 break
     return folder
 
 
-def _fetched(source: str, patterns: list[str]) -> Path:
+def _fetched(source: str, patterns: list[str], kind: str) -> Path:
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -67,6 +75,6 @@ def _fetched(source: str, patterns: list[str]) -> Path:
     except Exception as error:  # the hub's errors, those of its transport, and the disk's
         said = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
-            f"there is no folder {source}, and the hub does not give such a model: {said[:200]}",
-            hint="give a folder in Hugging Face form, or a hub id that this machine may read",
+            f"there is no folder {source}, and the hub gives no such {kind}: {said}",
+            hint="give a folder, or a hub id that this machine may read",
         ) from error

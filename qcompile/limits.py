@@ -17,7 +17,7 @@ from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.hub import model_folder
 from qcompile.methods import PER_CHANNEL
 from qcompile.planfile import PlanFile
-from qcompile.schemes import Scheme, check_method
+from qcompile.schemes import Scheme, check_method, rounds_alike
 from qcompile.shapes import check_lengths
 from qcompile.targets import Target
 from qcompile.traced import LOGITS, POSITIONS, TracedModel
@@ -27,14 +27,20 @@ _EDGE_TAKES: Final = (("activations", "static"), ("objective", "scheme"))
 """Options that say what target onnx-edge does anyway."""
 
 
-def check_plan_paths(config: CompileConfig) -> None:
-    """Find bad paths before anything is computed.
+def check_plan_files(scheme: Scheme, config: CompileConfig) -> None:
+    """Find bad paths, and a plan of another scheme, before anything is computed.
 
     Raises:
-        ConfigError: a plan to replay cannot be read, or a file cannot be written where it should.
+        ConfigError: a plan to replay cannot be read, or would be rounded otherwise than it was
+            made, or a file cannot be written where it should.
     """
     if config.plan_in is not None:
-        PlanFile.read(config.plan_in)
+        made, asked = PlanFile.read(config.plan_in).scheme, scheme.by(config.method)
+        if not rounds_alike(made, asked):
+            raise ConfigError(
+                f"{config.plan_in} was made under scheme {made}, and this is {asked}",
+                hint=f"--scheme {made}",
+            )
     for path in (config.plan_out, config.costs):
         if path is not None:
             check_reachable(path, ConfigError)

@@ -55,7 +55,13 @@ class ComparedOp:
     def differs(self) -> bool:
         """Whether it is implemented or run in different ways."""
         return (
-            len({(row.label, row.precision, row.kernel) if row else None for row in self.rows}) > 1
+            len(
+                {
+                    (row.label, row.precision, row.method, row.kernel) if row else None
+                    for row in self.rows
+                }
+            )
+            > 1
         )
 
 

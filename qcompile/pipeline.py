@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
 from qcompile import artifact, frontend
+from qcompile.cache import MAX_LENGTH
 from qcompile.cache_effect import cache_report
 from qcompile.cache_plan import CachePlan
 from qcompile.cache_planning import plan_cache
@@ -175,7 +176,9 @@ def compile_shared(
         with phases.phase("plan"):
             sites = find_sites(graph.graph)
             plan, notes = keep_plan(sites, model.checkpoint, target, model.adapter)
-        PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
+        PlanFile.of(target_spec, scheme.by(config.method), plan, smoothing, config.recipe).write(
+            folder / PLAN
+        )
     elif model.checkpoint is not None:
         notes.append(
             f"{model.checkpoint.description}: its codes are dequantised, as the scheme says"
@@ -218,7 +221,9 @@ def compile_shared(
         else:
             graph, smoothing, plan = apply(chosen)
         ranges = find_ranges(model.ir, graph, stats, smoothing)
-        PlanFile.of(target_spec, scheme.name, plan, smoothing, config.recipe).write(folder / PLAN)
+        PlanFile.of(target_spec, scheme.by(config.method), plan, smoothing, config.recipe).write(
+            folder / PLAN
+        )
     rows = site_rows(stats, smoothing, plan)
     stats.clear()
     smoothed = graph.clone()
@@ -245,6 +250,8 @@ def compile_shared(
                 ],
             )
             apart = packing.notes
+            if model.max_length is not None:
+                graph.metadata_props[MAX_LENGTH] = str(model.max_length)
         path = target.emit(graph, folder)
 
     with phases.phase("verify") as step:

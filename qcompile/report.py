@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import pydantic
 
 from qcompile.errors import ModelError
+from qcompile.methods import Method
 from qcompile.precision import Floats, Label, Precision
 
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -120,7 +121,8 @@ class OpRow(_Model):
     `sqnr_db` compares the op's output with the float graph's, so it holds the errors of all ops
     before it too. `saturation_safe` says whether no input can overflow the 16-bit sums of a
     kernel without VNNI: ``always``, ``calibrated range`` or ``no``. `label` is what was chosen,
-    `bytes` are those of the weight as it is stored, `kept` of its input channels stay in float. On
+    `bytes` are those of the weight as it is stored, `kept` of its input channels stay in float.
+    `method` rounded its weights; None: as is usual without one. On
     `onnx-edge` `precision` is ``int4`` where weights have four bits, ``int16`` where activations
     have sixteen.
     """
@@ -130,6 +132,7 @@ class OpRow(_Model):
     reason: str
     shape: tuple[int, int]
     label: Label | None = None
+    method: Method | None = None
     bytes: int | None = None
     kept: int | None = None
     candidates: list[CandidateRow] = []
@@ -150,7 +153,8 @@ class UnitRow(_Model):
         range: that the scale was drawn from.
         predicted_db: SQNR of rounding its output alone, from calibration.
         sqnr_db: of its output against the float graph's, with the errors of all ops before it.
-        weights: type of the weight's codes, and how many scales it has; None: it has no weight.
+        weights: type of the weight's codes, how many scales it has and, where one was asked for, by
+            which method they were found; None: it has no weight.
         equalized: what cross-layer equalisation did before it, or why nothing; None: nothing asked.
         corrected: what bias correction did to its bias, likewise.
     """

@@ -15,7 +15,8 @@ from qcompile.explaining import candidate_rows, planning_row
 from qcompile.leftovers import find_leftovers
 from qcompile.limits import incomparable
 from qcompile.linears import Linear, find_linears
-from qcompile.precision import FLOAT_BYTES, OpPlan, PrecisionPlan
+from qcompile.methods import Method
+from qcompile.precision import FLOAT_BYTES, Choice, OpPlan, PrecisionPlan
 from qcompile.progress import Phases
 from qcompile.report import (
     Cache,
@@ -26,6 +27,7 @@ from qcompile.report import (
     SiteRow,
     SummaryRow,
 )
+from qcompile.rounding import method_of
 from qcompile.schemes import Scheme
 from qcompile.smoothing import SmoothingPlan
 from qcompile.targets.base import Target
@@ -101,7 +103,15 @@ def make_report(
         kernels=findings.kernels.counts,
         sites=sites,
         ops=[
-            _op_row(op, linears[op.name], plan, findings, sqnr, candidates.get(op.name, []))
+            _op_row(
+                op,
+                linears[op.name],
+                plan,
+                findings,
+                sqnr,
+                candidates.get(op.name, []),
+                None if scheme.keeps else method_of(op.name, Choice(plan.label(op), ""), config),
+            )
             for op in plan.ops
         ],
         planning=planning_row(decision, config, model.kind) if decision is not None else None,
@@ -144,6 +154,7 @@ def _op_row(
     findings: Verification,
     sqnr: Mapping[str, float],
     candidates: list[CandidateRow],
+    method: Method | None,
 ) -> OpRow:
     return OpRow(
         name=op.name,
@@ -151,6 +162,7 @@ def _op_row(
         reason=op.reason,
         shape=(op.in_features, op.out_features),
         label=plan.label(op),
+        method=method,
         bytes=_bytes(op, linear, plan),
         kept=_kept(op),
         candidates=candidates,

@@ -46,6 +46,17 @@ def channel_method(name: str, choice: Choice, config: CompileConfig) -> Method |
     return method if choice.precision == "int8" and method in PER_CHANNEL else None
 
 
+def method_of(name: str, choice: Choice, config: CompileConfig) -> Method | None:
+    """By which method the weights of the op `name` are rounded, in blocks or per channel; None: by
+    none, or as is usual where activations have codes, too."""
+    rounding = rounding_of(name, choice.precision, config)
+    if rounding is not None:
+        return rounding.method
+    method = channel_method(name, choice, config)
+    split = choice.label == "split" and method in SEQUENTIAL  # see `in_sequence`
+    return None if split else method
+
+
 def in_sequence(name: str, choice: Choice, config: CompileConfig) -> bool:
     """Whether that method wants all of the input's second moments, and the layers before rounded.
 

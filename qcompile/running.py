@@ -7,15 +7,18 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import onnxruntime as ort
 
 from qcompile.artifact import load, read_record
 from qcompile.cache import has_cache
 from qcompile.errors import ConfigError, ModelError, StandInWarning
 from qcompile.genai import end_tokens
 from qcompile.generation import generate
+from qcompile.targets import available, get_target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +77,7 @@ def run_prompt(
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", StandInWarning)
         session = load(folder)
-    if not has_cache(session):
-        raise ModelError(
-            f"{folder} has no cache to generate with", hint="compile the model with --cache"
-        )
+    check_cache(folder, record, session)
     tokenizer = load_tokenizer(folder)
     ids = prompt_tokens(tokenizer, prompt)
     if not ids:
@@ -103,6 +103,29 @@ def run_prompt(
     if len(seconds) == room < new_tokens:
         notes.append("the model has no more positions")
     return Rates(len(ids), len(seconds), seconds[0], sum(seconds[1:]), tuple(notes))
+
+
+def check_cache(folder: Path, record: Mapping[str, Any], session: ort.InferenceSession) -> None:
+    """Refuse an artifact that cannot generate.
+
+    Args:
+        folder: the artifact.
+        record: its ``qcompile.json``.
+        session: on its graph.
+
+    Raises:
+        ModelError: it has no cache; says what can be done.
+    """
+    if has_cache(session):
+        return
+    if record["kind"] != "text-generation":
+        raise ModelError(f"{folder} cannot generate: it is no causal language model")
+    message, hint = f"{folder} has no cache to generate with", "compile the model with --cache"
+    if not get_target(record["target"]).caches:
+        others = " or ".join(name for name, target in sorted(available().items()) if target.caches)
+        message += f", and target {record['target']} has none"
+        hint += f" for {others}"
+    raise ModelError(message, hint=hint)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from typing import Final
 
 from qcompile.config import Activations
@@ -39,6 +41,10 @@ class Scheme:
     def base(self) -> str:
         """The name without cache and method."""
         return self.name.partition(":")[0].removesuffix(f"kv{self.cache_bits}")
+
+    def by(self, method: Method | None) -> str:
+        """The name, with the `method` that a configuration gave beside it."""
+        return self.name if method in (None, self.method) else f"{self.name}:{method}"
 
     @property
     def in_blocks(self) -> bool:
@@ -124,6 +130,13 @@ def get_scheme(name: str) -> Scheme:
         if name in METHODS:
             hint = f"a method follows a scheme: w4a16:{name}"
         raise ConfigError(f"unknown scheme {name!r}", hint=hint)
+    if colon and not method:
+        raise ConfigError(
+            f"scheme {name!r} names no method after its colon",
+            hint=f"{whole} alone, or one of {', '.join(scheme.methods)} after it"
+            if scheme.methods
+            else f"{whole} alone",
+        )
     if method == "dq" and scheme.labels in (("nf4",), ("fp4",)):
         raise ConfigError(
             "double quantisation of the scales: ONNX Runtime's MatMulBnb4 takes them as floats",
@@ -144,6 +157,13 @@ def get_scheme(name: str) -> Scheme:
     return dataclasses.replace(scheme, name=name, cache_bits=CACHES.get(suffix), method=method_)
 
 
+def rounds_alike(one: str, other: str) -> bool:
+    """Whether two names differ by the type of a cache at most."""
+    parts = [name.partition(":") for name in (one, other)]
+    bare = [re.sub(f"({'|'.join(CACHES)})$", "", whole) for whole, _, _ in parts]
+    return bare[0] == bare[1] and parts[0][2] == parts[1][2]
+
+
 def check_method(scheme: Scheme, method: Method) -> None:
     """Refuse a `method` that is not for the weights of `scheme`.
 
@@ -161,12 +181,23 @@ def parse_schemes(text: str) -> list[str]:
     """``w8a8,w4a16:gptq`` as a list.
 
     Raises:
-        ConfigError: it is empty, or names one twice.
+        ConfigError: a name is missing, or there twice.
     """
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",")]
+    if any(names) and not all(names):
+        raise ConfigError(f"compare: a scheme is missing beside a comma of {text!r}")
+    check_schemes([name for name in names if name])
+    return names
+
+
+def check_schemes(names: Sequence[str]) -> None:
+    """Refuse to compare what is none or the same.
+
+    Raises:
+        ConfigError: there is no name, or one is there twice.
+    """
     if not names:
         raise ConfigError("compare names no scheme")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"compare names {twice} twice")
-    return names

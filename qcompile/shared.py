@@ -11,8 +11,8 @@ from qcompile import frontend
 from qcompile.calibration.data import CalibrationData, check_calibration_path
 from qcompile.calibration.stats import Stats
 from qcompile.config import CompileConfig
-from qcompile.errors import ConfigError
-from qcompile.limits import check_edge, check_plan_paths, check_target
+from qcompile.errors import CalibrationError, ConfigError
+from qcompile.limits import check_edge, check_plan_files, check_target
 from qcompile.schemes import Scheme
 from qcompile.targets import Target, get_target
 from qcompile.traced import TracedModel
@@ -70,7 +70,11 @@ def checked(
         config = config.model_copy(update={"method": scheme.method})
     if scheme.cache_bits is not None:
         config = config.model_copy(update={"cache": True})
-    check_plan_paths(config)
+    check_plan_files(scheme, config)
+    if isinstance(calibration, str) and not calibration.strip():
+        raise CalibrationError(
+            "calibration is an empty name", hint="leave it out to have data generated"
+        )
     if isinstance(calibration, str | Path):
         check_calibration_path(Path(calibration))
     return chosen_target, config

@@ -44,7 +44,13 @@ def print_ops(report: Report, console: Console) -> None:
         ops.add_row(
             escape(op.name),
             f"{op.shape[0]}×{op.shape[1]}",
-            op.precision + (f", {op.kept} channels float" if op.kept else ""),
+            ", ".join(
+                [
+                    op.precision,
+                    *([op.method] if op.method else []),
+                    *([f"{op.kept} channels float"] if op.kept else []),
+                ]
+            ),
             op.kernel or "fused away",
             f"{op.sqnr_db:.1f} dB" if op.sqnr_db is not None else "",
             op.saturation_safe or "",

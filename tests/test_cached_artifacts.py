@@ -19,12 +19,12 @@ from qcompile.targets.ort_cpu import OrtCpu
 import qcompile
 from qcompile import benching
 from qcompile.artifact import read_sample
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, ModelError
 from qcompile.genai import end_tokens
 from qcompile.generation import Decoder, generate
 from qcompile.metrics import Accuracy
 from qcompile.names import apart
-from qcompile.running import Stream, prompt_tokens
+from qcompile.running import Stream, check_cache, prompt_tokens
 from qcompile.session import HERE, run_outputs
 from qcompile.stepping import check_steps
 from tests.cli_runner import RunCli
@@ -73,12 +73,39 @@ def test_run_says_that_positions_ran_out(compile_cached: Cached, run_cli: RunCli
         ([[1, -1]], "holds -1"),
         ([[10**6]], "holds 1000000"),
         ([[1.5]], "holds 1.5"),
+        ([[None]], "holds None"),
+        ("def", "holds 'd', which is no token of the model .*tokenizer makes them of text"),
+        (["def"], "holds 'd'"),
+        ([1, 2], "a list with a list of token ids for each"),
+        (np.ones(3, np.int64), "a list with a list of token ids for each"),
+        (np.ones((0, 3), np.int64), "there is no prompt"),
     ],
 )
 def test_prompts_that_are_none(compile_cached: Cached, prompts: Any, told: str) -> None:
     session = qcompile.load(compile_cached("fp32").path)
     with pytest.raises(ConfigError, match=told):
-        next(generate(session, prompts, 4))
+        generate(session, prompts, 4)
+
+
+def test_prompts_in_an_array(compile_cached: Cached) -> None:
+    session = qcompile.load(compile_cached("fp32").path)
+    prompts: Any = np.array([[17, 200, 5], [90, 14, 3]])
+    found, wanted = (list(generate(session, p, 4)) for p in (prompts, prompts.tolist()))
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_no_sequence_is_no_crash(compile_cached: Cached) -> None:
+    with pytest.raises(ConfigError, match="a batch of 0 sequences"):
+        Decoder(qcompile.load(compile_cached("fp32").path), 0, 4)
+
+
+def test_as_many_tokens_as_there_are_positions(compile_cached: Cached) -> None:
+    session = qcompile.load(compile_cached("fp32").path)
+    prompts = [[17] * 508, [17] * 3]
+    # The last of them is not read again.
+    assert len(list(generate(session, prompts, 5))) == 5
+    with pytest.raises(ConfigError, match=r"508 tokens and 6 new ones .* 512 positions"):
+        generate(session, prompts, 6)
 
 
 def test_speeds_of_other_kernels_are_none(
@@ -112,6 +139,32 @@ def test_run_says_what_is_wrong(
     bare = tmp_path / "bare"
     shutil.copytree(cached, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     assert "has no tokenizer" in run_cli("run", bare, PROMPT).error
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        (
+            {"kind": "text-generation", "target": "ort-cpu:avx2"},
+            "x has no cache to generate with (compile the model with --cache)",
+        ),
+        (
+            {"kind": "text-generation", "target": "onnx-edge:qnn"},
+            "x has no cache to generate with, and target onnx-edge:qnn has none "
+            "(compile the model with --cache for ort-cpu or ort-cuda)",
+        ),
+        (
+            {"kind": "feature-extraction", "target": "ort-cpu"},
+            "x cannot generate: it is no causal language model",
+        ),
+    ],
+)
+def test_what_can_be_done_about_a_missing_cache(
+    compiled_tiny: qcompile.Artifact, record: dict[str, str], told: str
+) -> None:
+    with pytest.raises(ModelError) as refused:
+        check_cache(Path("x"), record, compiled_tiny.session())
+    assert str(refused.value) == told
 
 
 def test_a_prompt_goes_into_the_chat_template(tiny_opt: Path) -> None:
@@ -150,7 +203,7 @@ def test_bench_compares(
     rows = json.loads(run_cli("bench", *folders, *few, "--batch", 2, "--json").stdout)
     assert [row["folder"] for row in rows] == [str(folder) for folder in folders]
     assert all(row["prefill"] > 0 and row["decode"] > 0 for row in rows)
-    assert "compile with --cache" in run_cli("bench", compiled_tiny.path, *few).error
+    assert "compile the model with --cache" in run_cli("bench", compiled_tiny.path, *few).error
     assert (
         "512 positions, fewer than 600" in run_cli("bench", folders[0], "--new-tokens", 472).error
     )

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qcompile.targets import get_target
+from rich.console import Console
 
 import qcompile
 from qcompile.channel_rounding import quantize_channels
@@ -20,9 +21,10 @@ from qcompile.descent import damped
 from qcompile.errors import ConfigError
 from qcompile.limits import check_target
 from qcompile.methods import OTHERWISE, PER_CHANNEL
-from qcompile.precision import Choice, QuantizedWeight
-from qcompile.rounding import channel_method, in_sequence
+from qcompile.precision import Choice, Label, QuantizedWeight
+from qcompile.rounding import channel_method, in_sequence, method_of
 from qcompile.schemes import get_scheme
+from qcompile.summary import print_ops
 from qcompile.weights import (
     ENDS,
     LIMIT,
@@ -207,12 +209,29 @@ def test_every_method_gives_weights_of_its_own_and_none_saturates(
     assert len({tuple(codes_of(artifact).values()) for artifact in found.values()}) == len(found)
 
 
-def test_one_module_by_a_method(compiled: Callable[..., qcompile.Artifact]) -> None:
+def test_one_module_by_a_method(
+    compiled: Callable[..., qcompile.Artifact], capsys: pytest.CaptureFixture[str]
+) -> None:
     plain, one = compiled("w8a8"), compiled("w8a8", recipe={"node_8": "w8a8:gptq"})
     before, after = codes_of(plain), codes_of(one)
     assert before.keys() == after.keys()
     changed = [name for name in before if before[name] != after[name]]
     assert len(changed) == 1 and changed[0].startswith("node_8")
+    assert {op.method for op in plain.report.ops} == {None}
+    assert {op.name: op.method for op in one.report.ops if op.method} == {"node_8": "gptq"}
+    print_ops(one.report, Console(width=200))
+    assert "int8, gptq" in capsys.readouterr().out
+
+
+def test_the_report_names_what_really_rounded() -> None:
+    config = CompileConfig(method="gptq", recipe=Recipe.from_mapping({"a": "w4a16:hqq"}))
+    labels: tuple[Label, ...] = ("weight4", "static", "llm-int8", "split", "float", "nf4", "fp8")
+    found = {label: method_of("b", Choice(label, ""), config) for label in labels}
+    assert {label for label, method in found.items() if method} == set(labels[:3])
+    assert set(found.values()) == {"gptq", None}
+    assert method_of("a", Choice("weight4", ""), config) == "hqq"
+    assert method_of("b", Choice("weight8", ""), CompileConfig()) == "rtn"
+    assert method_of("b", Choice("token", ""), CompileConfig(method="awq")) is None
 
 
 def test_channels_that_stay_in_float_beside_gptq(
@@ -257,6 +276,10 @@ def test_what_gptq_is_not_for_is_recorded(tmp_path: Path) -> None:
     reasons = {unit.op: unit.reason for unit in report.units}
     assert "weights by mse, for gptq is for Linears" in reasons["Conv"]
     assert reasons["Gemm"] == "profile generic"
+    used = {op.kernel: op.method for op in report.ops}
+    assert (used["Conv"], used["Gemm"]) == ("mse", "gptq")
+    weights = {unit.op: unit.weights for unit in report.units if unit.weights}
+    assert weights["Conv"].endswith(" scales, mse") and weights["Gemm"].endswith(" scales, gptq")
 
 
 def test_one_weight_of_an_edge_model_by_a_method(tmp_path: Path) -> None:
@@ -265,7 +288,9 @@ def test_one_weight_of_an_edge_model_by_a_method(tmp_path: Path) -> None:
     found = {}
     for name, rules in (("plain", Recipe()), ("own", recipe)):
         (tmp_path / name).mkdir()
-        edge(tmp_path / name, "w8a8", transformer(), sentences(), recipe=rules, **options)
+        report = edge(tmp_path / name, "w8a8", transformer(), sentences(), recipe=rules, **options)
+        asked = {op.name: op.method for op in report.ops if op.method}
+        assert asked == ({"node_8": "gptq", "node_2": "rtn"} if name == "own" else {})
         model = ir.load(tmp_path / name / "w8a8" / "model.onnx")
         found[name] = {
             str(value.name): value.const_value.tobytes()

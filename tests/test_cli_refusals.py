@@ -27,7 +27,7 @@ def model(tiny_opt: Path, tmp_path: Path) -> Path:
 # What is wrong with the model.
 
 
-@pytest.mark.parametrize("name", ["absent", "./absent", "/absent/model", "a/b/c", "absent.onnx"])
+@pytest.mark.parametrize("name", ["./absent", "/absent/model", "a/b/c", "absent.onnx"])
 def test_a_model_that_does_not_exist(run_cli: RunCli, name: str) -> None:
     assert "does not exist" in run_cli(name).error
 
@@ -163,6 +163,12 @@ def test_custom_code_is_not_run(run_cli: RunCli, model: Path, tmp_path: Path) ->
             ["--scheme", "w8a8kv8", "--target", "ort-cuda:sm90"],
             "the CUDA provider's attention on a cache in codes gives wrong results",
         ),
+        (
+            ["--scheme", "w8a8:"],
+            "scheme 'w8a8:' names no method after its colon (w8a8 alone, or one",
+        ),
+        (["--scheme", "fp32:"], "scheme 'fp32:' names no method after its colon (fp32 alone)"),
+        (["--calibration", ""], "calibration is an empty name (leave it out to have data gener"),
         (["--smooth", "on"], "smooth: 'on'"),
         (["--smooth", "2"], "smooth"),
         (["--samples", "0"], "samples"),
@@ -258,6 +264,10 @@ def test_a_recipe_without_effect(
     (tmp_path / "recipe.yaml").write_text('"*.fc1": float\n')
     error = run_cli(tiny_onnx, "--scheme", "fp32", *data).error
     assert "scheme fp32 quantises nothing, so a recipe has no effect" in error
+
+
+def test_a_model_without_a_name(run_cli: RunCli) -> None:
+    assert run_cli("", "-o", "out").error == "the model is an empty name"
 
 
 # What is wrong with the calibration data.

@@ -58,9 +58,15 @@ def test_names_are_checked_first(tiny_onnx: Path, run_cli: RunCli) -> None:
         ("w4a16,nf4:dq", "takes them as floats"),
         ("w4a16,w8", "unknown scheme 'w8'"),
         ("w4a16,w4a16", "names w4a16 twice"),
+        ("w4a16,nf4,", "a scheme is missing beside a comma of 'w4a16,nf4,'"),
+        ("", "names no scheme"),
         ("w4a16,checkpoint", "is for a source that is quantised already"),
     ):
         assert message in run_cli(tiny_onnx, "--compare", names).error
+    with pytest.raises(ConfigError, match="names no scheme"):
+        qcompile.compare(tiny_onnx, [])
+    with pytest.raises(ConfigError, match="names nf4 twice"):
+        qcompile.compare(tiny_onnx, ["nf4", "nf4"])
     both = run_cli(tiny_onnx, "--compare", "w4a16,nf4", "--scheme", "w8a8")
     assert "--scheme has no effect" in both.error
 
@@ -102,7 +108,7 @@ def test_the_table(tiny_onnx: Path, tiny_opt: Path, run_cli: RunCli, tmp_path: P
 
 
 def test_names() -> None:
-    assert parse_schemes(" w8a8, w4a16:gptq ,") == ["w8a8", "w4a16:gptq"]
+    assert parse_schemes(" w8a8, w4a16:gptq ") == ["w8a8", "w4a16:gptq"]
     for text, message in ((",", "names no scheme"), ("nf4,nf4", "names nf4 twice")):
         with pytest.raises(ConfigError, match=message):
             parse_schemes(text)

@@ -167,7 +167,7 @@ def test_a_scheme_names_its_method() -> None:
     ("name", "message"),
     [
         ("w4a16:best", "unknown method 'best'"),
-        ("w4a16:", "unknown method ''"),
+        ("w4a16:", "names no method after its colon"),
         ("fp8:gptq", "scheme fp8 has no methods"),
         ("zeroquant:gptq", "scheme zeroquant has no methods"),
         ("nf4:dq", "takes them as floats"),

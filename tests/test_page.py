@@ -70,6 +70,18 @@ def test_every_op_is_in_the_table(text: str) -> None:
     assert all(h.attributes["aria-sort"] == "none" and h.all("button") for h in headers)
 
 
+def test_by_which_method_a_weight_was_rounded() -> None:
+    report = full_report()
+    report.ops = [OPS[0].model_copy(update={"method": "gptq"}), *OPS[1:]]
+    rows = read_page(page(report, full_ranges())).all("tbody")[0].all("tr")
+    assert cells(rows[0])["precision"] == "static int8 by gptq"
+    assert cells(rows[1])["precision"] == "static int8"
+    tree = read_page(comparison([("one", full_report()), ("two", report)]))
+    (row,) = [each for each in tree.all("tr") if "data-differs" in each.attributes]
+    told = "static by gptq com.microsoft.MatMulIntegerToFloat"
+    assert (row.attributes["data-path"], cells(row)["precision, two"]) == (OPS[0].name, told)
+
+
 def test_refusals_and_warnings_come_first(text: str) -> None:
     tree = read_page(text)
     (warning,) = tree.all("ul", class_="warnings")[0].all("li")

@@ -18,6 +18,7 @@ from qcompile.costs import CostTable
 from qcompile.kernels import read_back
 from qcompile.planfile import PLAN
 from qcompile.report import Report
+from qcompile.schemes import rounds_alike
 from qcompile.trying import keep_within
 from qcompile.weights import violations
 from tests.cli_runner import RunCli
@@ -206,6 +207,49 @@ def test_plans_that_are_none(plan: str, message: str, compiled: Any, tmp_path: P
         compiled(plan_in=path)
     with pytest.raises(qcompile.ConfigError, match="cannot be read"):
         compiled(plan_in=tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "method", "named"),
+    [
+        ("w8a8:gptq", "w8a8", None, "w8a8"),
+        ("w8a8", "w8a8:gptq", None, "w8a8:gptq"),
+        ("w8a8", "w8a8", "gptq", "w8a8:gptq"),
+        ("w4a16", "w8a8", None, "w8a8"),
+    ],
+)
+def test_a_plan_of_another_scheme_is_refused(
+    tiny_onnx: Path, tmp_path: Path, made: str, asked: str, method: Any, named: str
+) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"target": "t", "scheme": made, "ops": {}, "smoothing": {}}))
+    config = qcompile.CompileConfig(plan_in=path, method=method)
+    with pytest.raises(qcompile.ConfigError) as refused:
+        qcompile.compile(tiny_onnx, scheme=asked, config=config, output=tmp_path / "out")
+    assert str(refused.value) == (
+        f"{path} was made under scheme {made}, and this is {named} (--scheme {made})"
+    )
+
+
+def test_a_plan_says_by_which_method_it_was_made(compiled: Any, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    compiled("first", plan_out=plan, objective="scheme", method="mse")
+    assert json.loads(plan.read_text("utf-8"))["scheme"] == "w8a8:mse"
+    again = compiled("again", plan_in=plan, method="mse")
+    assert {op.method for op in again.report.ops} == {"mse"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ("w8a8kv8:gptq", "w8a8:gptq", True),
+        ("w8a8kv8", "w8a8kv4", True),
+        ("w8a8kv8:gptq", "w8a8kv8", False),
+        ("zeroquant", "w8a16", False),
+    ],
+)
+def test_a_cache_changes_no_plan(one: str, other: str, alike: bool) -> None:
+    assert rounds_alike(one, other) == rounds_alike(other, one) == alike
 
 
 def test_times_of_another_machine(compiled: Any, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.methods import Method
+
 Array = npt.NDArray[Any]
 
 Code: TypeAlias = Literal["uint8", "int8", "uint16", "int16", "uint4", "int4", "int32"]
@@ -123,6 +125,7 @@ class UnitPlan:
         reason: why.
         inputs: names of the activations that it reads as codes.
         output: name of what it computes.
+        method: by which its weight was rounded, where one was asked for.
     """
 
     name: str
@@ -132,6 +135,7 @@ class UnitPlan:
     reason: str
     inputs: tuple[str, ...]
     output: str
+    method: Method | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,11 @@ from qcompile.edge.operands import (
 )
 from qcompile.edge.plan import BITS, LIMITS, Code, ConstantQuant, EdgePlan, TensorQuant, UnitPlan
 from qcompile.edge.profiles import Profile
+from qcompile.edge.rounding import method_used
 from qcompile.edge.settings import Settings
 from qcompile.edge.units import WEIGHTED, Operand, Unit, axis_of
 from qcompile.errors import ModelError
-from qcompile.methods import SEQUENTIAL
+from qcompile.methods import Method
 from qcompile.metrics import sqnr_db
 from qcompile.passes.constants import LARGEST
 from qcompile.precision import QuantizedWeight
@@ -102,6 +103,7 @@ def plan_edge(
                 unit,
                 None if unit.first in refused else settings.activation,
                 refused.get(unit.first) or _reason(unit, profile, settings, codes or {}),
+                method_used(unit, settings, codes or {}),
             )
             for unit in units
         ),
@@ -127,7 +129,8 @@ def _weights_alone(
             if chosen
             else refused.get(unit.first)
         )
-        plans.append(_unit_plan(unit, settings.weight if chosen else None, reason or ""))
+        code = settings.weight if chosen else None
+        plans.append(_unit_plan(unit, code, reason or "", method_used(unit, settings, codes)))
     return EdgePlan(constants=tuple(constants), units=tuple(plans))
 
 
@@ -135,17 +138,16 @@ def _reason(
     unit: Unit, profile: Profile, settings: Settings, codes: Mapping[str, QuantizedWeight]
 ) -> str:
     """Why `unit` has codes, and by what its weight was rounded where that is not as asked."""
-    weighted = unit.op in WEIGHTED and any(each.role == "weight" for each in unit.operands)
-    method = settings.method_of(unit.name)
-    if method not in SEQUENTIAL or unit.name in codes or not weighted:
+    asked, method = settings.method_of(unit.name), method_used(unit, settings, codes)
+    if method in (None, asked):
         return f"profile {profile.name}"
     return (
-        f"profile {profile.name}; weights by mse, for {method} is for Linears with a "
+        f"profile {profile.name}; weights by {method}, for {asked} is for Linears with a "
         "scale per output channel"
     )
 
 
-def _unit_plan(unit: Unit, code: Code | None, reason: str) -> UnitPlan:
+def _unit_plan(unit: Unit, code: Code | None, reason: str, method: Method | None) -> UnitPlan:
     return UnitPlan(
         name=unit.name,
         nodes=tuple(str(node.name) for node in unit.nodes),
@@ -154,6 +156,7 @@ def _unit_plan(unit: Unit, code: Code | None, reason: str) -> UnitPlan:
         reason=reason,
         inputs=tuple(str(value.name) for value in unit.inputs),
         output=str(unit.outputs[0].name),
+        method=method if code is not None else None,
     )
 
 

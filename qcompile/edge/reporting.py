@@ -152,6 +152,7 @@ def _op_row(
         reason=f"{unit.reason}; {weight.code}, {scales} {'scales' if scales > 1 else 'scale'}",
         shape=(weight.codes.size // max(width, 1), width),
         label="weight8" if alone else "static",
+        method=unit.method,
         bytes=weight.nbytes,
         kernel=unit.op,
         sqnr_db=sqnr.get(unit.name),
@@ -167,7 +168,7 @@ def _unit_row(
     correction: CorrectionPlan,
 ) -> UnitRow:
     tensor = plan.tensor(unit.output) if unit.code is not None else None
-    weight = weights.get(unit.name)
+    weight, by = weights.get(unit.name), f", {unit.method}" if unit.method else ""
     return UnitRow(
         name=unit.name,
         op=unit.op,
@@ -178,7 +179,7 @@ def _unit_row(
         range=(tensor.low, tensor.high) if tensor else None,
         predicted_db=tensor.sqnr_db if tensor else None,
         sqnr_db=sqnr.get(unit.name),
-        weights=f"{weight.code}, {weight.scale.size} scales" if weight else None,
+        weights=f"{weight.code}, {weight.scale.size} scales{by}" if weight else None,
         equalized=equalization.told(unit.name),
         corrected=correction.told(unit.nodes[0]),
     )

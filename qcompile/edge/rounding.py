@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import onnx_ir as ir
 from qcompile.channel_rounding import quantize_channels
 from qcompile.edge.plan import BITS, EdgePlan
 from qcompile.edge.settings import Settings
+from qcompile.edge.units import WEIGHTED, Unit
 from qcompile.linears import Linear, Site
-from qcompile.methods import SEQUENTIAL
+from qcompile.methods import SEQUENTIAL, Method
 from qcompile.precision import QuantizedWeight
 from qcompile.sequence import round_in_sequence
 from qcompile.traced import Batch
@@ -65,6 +66,15 @@ def round_linears(
         return quantize_channels(tensor.numpy(), gram, method, bits=bits[linear.name])
 
     return round_in_sequence(graph, names, batches, work, round_, progress, find=_sites)
+
+
+def method_used(unit: Unit, settings: Settings, codes: Collection[str]) -> Method | None:
+    """By which method the weight of `unit` is rounded, where one was asked for; `codes` are the
+    names of those that `round_linears` rounded."""
+    if unit.op not in WEIGHTED or all(each.role != "weight" for each in unit.operands):
+        return None
+    method = settings.method_of(unit.name)
+    return "mse" if method in SEQUENTIAL and unit.name not in codes else method
 
 
 def _sites(graph: ir.Graph) -> list[Site]:

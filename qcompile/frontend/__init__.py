@@ -58,6 +58,8 @@ def _load(source: Source, config: CompileConfig, work: Path) -> TracedModel:
         module, example = source
         return trace_module(module, example, type(module).__name__.lower(), config, work)
     text = str(source)
+    if not text.strip():
+        raise ModelError("the model is an empty name")
     check_reachable(Path(text.rpartition(":")[0] if _FACTORY.search(text) else text), ModelError)
     if _FACTORY.search(text):
         from qcompile.frontend.module import load_factory

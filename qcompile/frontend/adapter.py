@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import warnings
 from pathlib import Path
 from typing import Any, Final
@@ -13,19 +14,21 @@ from qcompile.config import AdapterMode
 from qcompile.errors import ModelError, QcompileError
 from qcompile.hub import model_folder
 
+_SETTINGS: Final = "adapter_config.json"
+
 _ORIGINAL: Final = (".base_layer", ".original_module")
 """What PEFT calls a module of the model once it stands beside an adapter's."""
 
 
 def add_adapter(
-    module: Any, checkpoint: Checkpoint | None, folder: Path, mode: AdapterMode
+    module: Any, checkpoint: Checkpoint | None, source: str | Path, mode: AdapterMode
 ) -> tuple[Any, Checkpoint | None, frozenset[str]]:
-    """The model with the adapter in `folder`.
+    """The model with the adapter `source`.
 
     Args:
         module: the base model, in float32.
         checkpoint: the codes of the base, where it is quantised already.
-        folder: as PEFT saves it, or a hub id.
+        source: a folder as PEFT saves it, or a hub id.
         mode: ``merge`` adds it to the weights; ``keep`` leaves it beside them, in float: the base
             layer of a module ``q_proj`` is then called ``q_proj.base_layer``.
 
@@ -42,9 +45,11 @@ def add_adapter(
             "the package peft is not installed, and reads adapters",
             hint="pip install 'qcompile[adapter]'",
         )
-    folder = model_folder(str(folder), weights=True)
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} is no adapter: it has no adapter_config.json")
+    folder = model_folder(str(source), weights=True, kind="adapter")
+    if not folder.exists():
+        raise ModelError(f"adapter {source} does not exist")
+    if not (folder / _SETTINGS).is_file():
+        raise ModelError(f"{source} is no adapter: it has no {_SETTINGS}")
     if checkpoint is not None and mode == "merge":
         raise ModelError(
             "an adapter cannot be merged into weights that are codes already", hint="--keep-adapter"
@@ -55,7 +60,7 @@ def add_adapter(
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
         try:
-            adapted = _load(module, folder, mode)
+            adapted = _load(module, folder, mode, source)
             if mode == "merge":
                 return adapted.merge_and_unload(safe_merge=True), None, frozenset()
         except QcompileError:
@@ -63,7 +68,7 @@ def add_adapter(
         except Exception as error:  # PEFT raises whatever its readers raise
             lines = str(error).strip().splitlines()
             detail = lines[0] if lines else type(error).__name__
-            raise ModelError(f"adapter {folder} cannot be loaded: {detail}") from error
+            raise ModelError(f"adapter {source} cannot be loaded: {detail}") from error
     base = adapted.get_base_model()
     added = {name for name, _ in base.named_modules()} - before
     return (
@@ -73,8 +78,32 @@ def add_adapter(
     )
 
 
-def _load(module: Any, folder: Path, mode: AdapterMode) -> Any:
-    """What PEFT makes of `module`.
+def check_no_adapter(folder: Path, named: str) -> None:
+    """Refuse an adapter in the place of a model.
+
+    Args:
+        folder: has no configuration of a model.
+        named: what the user calls it.
+
+    Raises:
+        ModelError: it has one of an adapter.
+    """
+    path = folder / _SETTINGS
+    if not path.is_file():
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        found = None
+    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    raise ModelError(
+        f"{named} is an adapter, and no model by itself",
+        hint=f"give its base model{f', {base},' if base else ''} and --adapter {named}",
+    )
+
+
+def _load(module: Any, folder: Path, mode: AdapterMode, source: str | Path) -> Any:
+    """What PEFT makes of `module`; `source` is what the user calls the adapter.
 
     Raises:
         ModelError: a kind of adapter that cannot be had in this mode.
@@ -84,11 +113,11 @@ def _load(module: Any, folder: Path, mode: AdapterMode) -> Any:
     settings = PeftConfig.from_pretrained(str(folder))
     kind = str(getattr(settings.peft_type, "value", settings.peft_type))
     if settings.is_prompt_learning:
-        raise ModelError(f"adapter {folder} is of type {kind}: learned prompts are not read")
+        raise ModelError(f"adapter {source} is of type {kind}: learned prompts are not read")
     if mode == "keep" and (kind != "LORA" or getattr(settings, "use_dora", False)):
         kind = "DORA" if kind == "LORA" else kind
         raise ModelError(
-            f"adapter {folder} is of type {kind}, and only LoRA can be kept beside the weights",
+            f"adapter {source} is of type {kind}, and only LoRA can be kept beside the weights",
             hint="into a float model such an adapter can be merged",
         )
     return PeftModel.from_pretrained(module, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from optimum.exporters.tasks import TasksManager
 from qcompile.checkpoints import Checkpoint, quantization_settings
 from qcompile.config import CompileConfig
 from qcompile.errors import ConfigError, ModelError
-from qcompile.frontend.adapter import add_adapter
+from qcompile.frontend.adapter import add_adapter, check_no_adapter
 from qcompile.frontend.export import check_finite_weights, export_module
 from qcompile.frontend.gguf import is_gguf, load_gguf, load_gguf_tokenizer, read_gguf_config
 from qcompile.frontend.image import (
@@ -73,7 +74,7 @@ def load_huggingface(source: str, config: CompileConfig, work: Path) -> TracedMo
         ConfigError: a task that does not exist or that qcompile does not compile.
     """
     given, source = source, str(model_folder(source))
-    hf_config = _read_config(source, config.trust_remote_code)
+    hf_config = _read_config(source, given, config.trust_remote_code)
     task = config.task or ("text-generation" if is_gguf(source) else _infer_task(hf_config))
     if task not in _TASKS:
         raise ConfigError(
@@ -183,16 +184,22 @@ def find_assets(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(found))
 
 
-def _read_config(source: str, trust: bool) -> Any:
+def _read_config(source: str, given: str, trust: bool) -> Any:
+    """Of the model in `source`, which the user calls `given`."""
     folder = Path(source)
     if is_gguf(source):
         return guarded("configuration", source, read_gguf_config, source)
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{source} is neither a model folder nor an .onnx file")
     if not folder.exists():
-        raise ModelError(f"model {source} does not exist")
+        here = "" if given.startswith((".", "/", "~")) else given.rpartition("/")[0]
+        hint = f"{here} is a folder here, so it was not looked for on the hub"
+        raise ModelError(
+            f"model {given} does not exist", hint=hint if os.path.isdir(here) else None
+        )
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{source} has no config.json", hint="give a folder in Hugging Face form")
+        check_no_adapter(folder, given)
+        raise ModelError(f"{given} has no config.json", hint="give a folder in Hugging Face form")
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

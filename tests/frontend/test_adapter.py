@@ -131,6 +131,8 @@ def test_a_merge_that_fails_is_told(adapter: Path) -> None:
 def test_what_is_no_adapter(adapter: Path, tmp_path: Path, tiny_onnx: Path) -> None:
     with pytest.raises(ModelError, match="is no adapter"):
         add_adapter(tiny(), None, tmp_path, "merge")
+    with pytest.raises(ModelError, match=r"^adapter \./absent does not exist"):
+        add_adapter(tiny(), None, "./absent", "merge")
     (adapter / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(ModelError, match="cannot be loaded"):
         add_adapter(tiny(), None, adapter, "merge")
@@ -139,6 +141,20 @@ def test_what_is_no_adapter(adapter: Path, tmp_path: Path, tiny_onnx: Path) -> N
         qcompile.compile(tiny_onnx, config=config, output=tmp_path / "out")
     with pytest.raises(ConfigError, match="there is no adapter to keep"):
         qcompile.CompileConfig(adapter_mode="keep")
+
+
+@pytest.mark.parametrize(
+    ("settings", "base"),
+    [('{"base_model_name_or_path": "org/base"}', ", org/base,"), ("{}", ""), ("", ""), ("[]", "")],
+)
+def test_an_adapter_is_no_model(tmp_path: Path, settings: str, base: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(settings)
+    with pytest.raises(ModelError) as refused:
+        qcompile.compile(tmp_path, output=tmp_path / "out")
+    assert str(refused.value) == (
+        f"{tmp_path} is an adapter, and no model by itself "
+        f"(give its base model{base} and --adapter {tmp_path})"
+    )
 
 
 def test_an_adapter_of_another_model(adapter: Path) -> None:
