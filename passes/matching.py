@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +13,8 @@ from qcompile.linears import is_constant
 from qcompile.names import MODULE_PATH_KEY, module_path, set_module_path
 
 _ONNX = ("", "ai.onnx")
+HEADS_FIRST: Final = (0, 2, 1, 3)
+"""What moves the heads of [batch, tokens, heads, channels] in front of the tokens, or back."""
 
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
@@ -140,6 +142,19 @@ def like(value: ir.Value, source: ir.Value) -> ir.Value:
     value.type = source.type
     value.shape = source.shape.copy() if source.shape is not None else None
     return value
+
+
+def turns_heads(transpose: ir.Node) -> bool:
+    """Whether a Transpose moves the heads in front of the tokens, or back."""
+    return tuple(transpose.attributes.get_ints("perm", ())) == HEADS_FIRST
+
+
+def name_nodes(nodes: Iterable[ir.Node], prefix: str) -> None:
+    """Name `nodes` by their places under `prefix`, and what they make where it has no name yet."""
+    for at, node in enumerate(nodes):
+        node.name = f"{prefix}/{at}/{node.op_type}"
+        made = node.outputs[0]
+        made.name = made.name or f"{node.name}/output"
 
 
 def build(
