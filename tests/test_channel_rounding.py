@@ -218,11 +218,14 @@ def test_one_module_by_a_method(compiled: Callable[..., qcompile.Artifact]) -> N
 def test_channels_that_stay_in_float_beside_gptq(
     compiled: Callable[..., qcompile.Artifact],
 ) -> None:
-    plain, found = (
-        compiled(f"llm-int8{method}", outlier_share=0.1).report for method in ("", ":gptq")
+    plain, nearest, found = (
+        compiled(f"llm-int8{method}", outlier_share=0.1) for method in ("", ":rtn", ":gptq")
     )
-    assert {op.label for op in found.ops if op.precision != "float"} == {"llm-int8"}
-    assert found.accuracy["sqnr_db"] > plain.accuracy["sqnr_db"] - 1.0
+    assert {op.label for op in found.report.ops} == {"llm-int8"}
+    assert found.report.accuracy["sqnr_db"] > nearest.report.accuracy["sqnr_db"]
+    own = codes_of(found)
+    for other in map(codes_of, (plain, nearest)):
+        assert own.keys() == other.keys() and all(own[name] != other[name] for name in own)
 
 
 # onnx-edge
