@@ -26,6 +26,7 @@ from qcompile.schemes import get_scheme
 from qcompile.weights import (
     ENDS,
     LIMIT,
+    WHOLE,
     Neighbours,
     kept_inside,
     quantize_weight,
@@ -110,7 +111,7 @@ def test_a_range_that_is_not_searched_is_the_whole(bits: int) -> None:
     weight = np.random.default_rng(0).uniform(-1, 1, (32, 6)).astype(np.float32)
     weight[0], moment = 1.2, np.ones(32)
     moment[0] = 0.0  # what the largest weights meet is always zero
-    plain = quantize_weight(weight, moment, bits=bits, searched=False)
+    plain = quantize_weight(weight, moment, bits=bits, parts=WHOLE)
     np.testing.assert_allclose(plain.scale, np.abs(weight).max(axis=0) / ENDS[bits][1], rtol=1e-6)
     np.testing.assert_array_equal(plain.codes, np.rint(weight / plain.scale))
     errors = [
