@@ -178,6 +178,31 @@ def build(
     return node
 
 
+def put_kernel(
+    graph: ir.Graph,
+    matmul: ir.Node,
+    last: ir.Node,
+    nodes: Sequence[ir.Node],
+    result: ir.Value,
+    kernel: str,
+) -> None:
+    """Put `nodes`, which make `result`, for `matmul` and the addition of its bias.
+
+    Args:
+        graph: the graph that owns them.
+        matmul: the Linear; the node of type `kernel` takes its name.
+        last: the addition, or `matmul` itself.
+        nodes: in order.
+        result: what stands for the output of `last`.
+        kernel: op type.
+    """
+    for node in nodes:
+        node.metadata_props.update(matmul.metadata_props)
+        node.name = str(matmul.name) if node.op_type == kernel else f"{matmul.name}/{node.op_type}"
+    old = [matmul] if last is matmul else [matmul, last]
+    ir.convenience.replace_nodes_and_values(graph, last, old, nodes, last.outputs, [result])
+
+
 def put_for(graph: ir.Graph, old: ir.Value, nodes: Sequence[ir.Node], new: ir.Value) -> None:
     """Insert `nodes` where `old` is made, and let everything read `new` instead of `old`.
 
