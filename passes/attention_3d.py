@@ -8,10 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qcompile.passes.constants import shared_constant
-from qcompile.passes.matching import build, ints, is_op, like, made_by, put_for
+from qcompile.passes.matching import build, ints, is_op, like, made_by, put_for, turns_heads
 from qcompile.passes.symbolic_shapes import SymbolicShapes, dims_of
 
-_HEADS_FIRST = (0, 2, 1, 3)
 _Dims = list[int | str | None]
 
 
@@ -130,7 +129,7 @@ def _convert(graph: ir.Graph, node: ir.Node) -> bool:
 def _split(value: ir.Value | None) -> _Split | None:
     rotary = made_by(value, "RotaryEmbedding")
     transpose = made_by(rotary.inputs[0] if rotary is not None else value, "Transpose")
-    if transpose is None or tuple(transpose.attributes.get_ints("perm", ())) != _HEADS_FIRST:
+    if transpose is None or not turns_heads(transpose):
         return None
     apart = transpose.inputs[0]
     dims = dims_of(apart)
@@ -169,9 +168,7 @@ def _merge(value: ir.Value) -> ir.Value | None:
         if transpose.inputs[0] is not value or None in (dims_of(again) or [None]):
             return None
         transpose = _only_data_user(again) if dims_of(again) == dims_of(value) else None
-    if transpose is None or not is_op(transpose, "Transpose"):
-        return None
-    if tuple(transpose.attributes.get_ints("perm", ())) != _HEADS_FIRST:
+    if transpose is None or not is_op(transpose, "Transpose") or not turns_heads(transpose):
         return None
     reshape = _only_data_user(transpose.outputs[0])
     if reshape is None or not is_op(reshape, "Reshape"):

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from qcompile.passes.constants import constant
 from qcompile.passes.integer_matmul import CONTRIB, constant_bias, lower_matmuls
+from qcompile.passes.matching import put_kernel
 from qcompile.passes.per_token import DOMAIN
 from qcompile.passes.table_codes import NAME
 
@@ -67,11 +68,5 @@ def _lower(graph: ir.Graph, matmul: ir.Node) -> bool:
     result.shape, result.dtype = matmul.outputs[0].shape, ir.DataType.FLOAT
     if bias is not None:
         result = tape.op("Add", [result, bias])
-    for node in tape.nodes:
-        node.metadata_props.update(matmul.metadata_props)
-        node.name = str(matmul.name) if node.op_type == KERNEL else f"{matmul.name}/{node.op_type}"
-    ir.convenience.replace_nodes_and_values(
-        graph, replaced, [matmul, *([replaced] if replaced is not matmul else [])],
-        list(tape.nodes), replaced.outputs, [result],
-    )  # fmt: skip
+    put_kernel(graph, matmul, replaced, tape.nodes, result, KERNEL)
     return True

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import LARGEST, constant, drop_unused, shared_constant
-from qcompile.passes.matching import is_op, like
+from qcompile.passes.matching import is_op, like, name_nodes
 
 from qcompile.errors import ModelError
 from qcompile.names import PART_OF_KEY, module_path, set_module_path
@@ -88,8 +88,8 @@ def _replace(graph: ir.Graph, node: ir.Node, rule: Callable[[_Builder, ir.Node],
     build = _Builder(graph, node)
     new, old = rule(build, node), node.outputs[0]
     path = module_path(node)
-    for at, made in enumerate(build.tape.nodes):
-        made.name = f"{node.name}/{at}/{made.op_type}"
+    name_nodes(build.tape.nodes, str(node.name or old.name))
+    for made in build.tape.nodes:
         set_module_path(made, f"{path}.{made.op_type}" if path else str(made.name))
         if node.op_type != "Attention":
             made.metadata_props[PART_OF_KEY] = node.op_type

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qcompile.passes.constants import constant, sole_use
 from qcompile.passes.matching import (
+    HEADS_FIRST,
     build,
     made_by,
     operands,
@@ -21,7 +22,6 @@ from qcompile.passes.symbolic_shapes import SymbolicShapes, broadcast, dims_of
 
 _SWAP_LAST = (0, 1, 3, 2)
 _HEADS_FIRST_KEYS_LAST = (0, 2, 3, 1)
-_HEADS_FIRST = (0, 2, 1, 3)
 
 
 class FuseAttention(ir.passes.InPlacePass):
@@ -206,7 +206,7 @@ def _shapes_fit(
     if q is None or v is None or not len(q) == len(k) == len(v) == 4:
         return False
     if perm == _HEADS_FIRST_KEYS_LAST:
-        k = [k[i] for i in _HEADS_FIRST]
+        k = [k[i] for i in HEADS_FIRST]
     pairs = [(q[0], k[0]), (q[1], k[1]), (q[3], k[3]), (k[0], v[0]), (k[1], v[1]), (k[2], v[2])]
     if mask is not None:
         # A mask that is wider than the scores would broadcast them.
@@ -234,9 +234,9 @@ def _put(
 ) -> None:
     nodes: list[ir.Node] = []
     if perm == _HEADS_FIRST_KEYS_LAST:
-        transpose = build("Transpose", [k], {"perm": list(_HEADS_FIRST)}, node)
+        transpose = build("Transpose", [k], {"perm": list(HEADS_FIRST)}, node)
         before = dims_of(k) or []
-        k = _typed(transpose.outputs[0], k, [before[i] for i in _HEADS_FIRST])
+        k = _typed(transpose.outputs[0], k, [before[i] for i in HEADS_FIRST])
         nodes.append(transpose)
     inputs: list[ir.Value | None] = [q, k, v]
     if mask is not None:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, derived, drop_unused
 from qcompile.passes.integer_matmul import constant_bias
-from qcompile.passes.matching import is_op, scalar_of
+from qcompile.passes.matching import is_op, put_kernel, scalar_of
 from qcompile.passes.per_token import DEQUANTIZE, E4M3, ZERO_POINT
 from qcompile.passes.per_token import DOMAIN as FUNCTIONS
 from qcompile.targets.cuda.schema import DOMAIN, SUFFIX, VERSION, Codes, refusal
@@ -81,14 +81,8 @@ def _lower(
     inputs = inputs[: 5 if bias is not None else 4]
     op_type = f"MatMul{SUFFIX[_CODES[dtype]]}"
     result = tape.op(op_type, inputs, {"dtype": _FLOAT}, domain=DOMAIN)
-    (product,) = tape.nodes
-    product.name = matmul.name
-    product.metadata_props.update(matmul.metadata_props)
     result.type, result.shape = replaced.outputs[0].type, replaced.outputs[0].shape
-    ir.convenience.replace_nodes_and_values(
-        graph, replaced, [matmul, *([replaced] if replaced is not matmul else [])],
-        [product], replaced.outputs, [result],
-    )  # fmt: skip
+    put_kernel(graph, matmul, replaced, tape.nodes, result, op_type)
     return True
 
 

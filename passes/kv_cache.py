@@ -12,7 +12,15 @@ import onnx_ir as ir
 from qcompile.passes.constants import LARGEST, constant, drop_unused, shared_constant
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.known_mask import MaskMeaning, meaning_of
-from qcompile.passes.matching import build, is_op, made_by, put_for
+from qcompile.passes.matching import (
+    HEADS_FIRST,
+    build,
+    is_op,
+    made_by,
+    name_nodes,
+    put_for,
+    turns_heads,
+)
 from qcompile.passes.symbolic_shapes import dims_of
 
 from qcompile.cache import KINDS, PAST, PRESENT, TOKENS
@@ -22,7 +30,6 @@ from qcompile.names import module_path
 
 _BOOL: Final = int(ir.DataType.BOOL)
 _INT32: Final = int(ir.DataType.INT32)
-_HEADS_FIRST: Final = (0, 2, 1, 3)
 _MIXING: Final = ("Attention", "Conv", "CumSum", "GRU", "LSTM", "Range", "Trilu")
 
 
@@ -193,9 +200,7 @@ def _shared(
     kept = zero if slopes is None else _by_place(graph, tape, padding, axes, slopes)
     bias = tape.op("Expand", [tape.op("Where", [keep, kept, hidden]), size])
     nodes = tuple(tape.nodes)
-    for at, node in enumerate(nodes):
-        node.name = f"cache/{at}/{node.op_type}"
-        node.outputs[0].name = f"{node.name}/output"
+    name_nodes(nodes, "cache")
     first = next(iter(graph))
     graph.insert_before(first, nodes)
     return _Shared(last, total, bias, nodes)
@@ -266,14 +271,13 @@ def _put(
         made.name = PRESENT.format(layer, kind)
         made.type = kept.type
         made.shape = ir.Shape([batch, attention.groups, "total_sequence", kept.size])
-    for at, made_node in enumerate(nodes):
-        made_node.name = f"{node.name}/{at}/{made_node.op_type}"
+    name_nodes(nodes, str(node.name))
     nodes.append(cached)
     result = cached.outputs[0]
     if not attention.flat:
         split = shared_constant(graph, "cache/sizes", np.array([0, 0, attention.heads, size]))
         apart = build("Reshape", [result, split], {}, node)
-        back = build("Transpose", [apart.outputs[0]], {"perm": list(_HEADS_FIRST)}, node)
+        back = build("Transpose", [apart.outputs[0]], {"perm": list(HEADS_FIRST)}, node)
         apart.name, back.name = f"{node.name}/apart", f"{node.name}/back"
         nodes += [apart, back]
         result = back.outputs[0]
@@ -314,11 +318,11 @@ def _flattened(
     """`value` [batch, heads, sequence, D] as [batch, sequence, heads · D]."""
     transpose = made_by(value, "Transpose")
     source = value
-    if transpose is not None and tuple(transpose.attributes.get_ints("perm", ())) == _HEADS_FIRST:
+    if transpose is not None and turns_heads(transpose):
         assert transpose.inputs[0] is not None
         source = transpose.inputs[0]
     else:
-        turned = build("Transpose", [value], {"perm": list(_HEADS_FIRST)}, node)
+        turned = build("Transpose", [value], {"perm": list(HEADS_FIRST)}, node)
         nodes.append(turned)
         source = turned.outputs[0]
     flat = shared_constant(graph, "cache/sizes", np.array([0, 0, width]))

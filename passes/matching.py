@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +13,8 @@ from qcompile.linears import is_constant
 from qcompile.names import MODULE_PATH_KEY, module_path, set_module_path
 
 _ONNX = ("", "ai.onnx")
+HEADS_FIRST: Final = (0, 2, 1, 3)
+"""What moves the heads of [batch, tokens, heads, channels] in front of the tokens, or back."""
 
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
@@ -142,6 +144,19 @@ def like(value: ir.Value, source: ir.Value) -> ir.Value:
     return value
 
 
+def turns_heads(transpose: ir.Node) -> bool:
+    """Whether a Transpose moves the heads in front of the tokens, or back."""
+    return tuple(transpose.attributes.get_ints("perm", ())) == HEADS_FIRST
+
+
+def name_nodes(nodes: Iterable[ir.Node], prefix: str) -> None:
+    """Name `nodes` by their places under `prefix`, and what they make where it has no name yet."""
+    for at, node in enumerate(nodes):
+        node.name = f"{prefix}/{at}/{node.op_type}"
+        made = node.outputs[0]
+        made.name = made.name or f"{node.name}/output"
+
+
 def build(
     op_type: str,
     inputs: Sequence[ir.Value | None],
@@ -161,6 +176,31 @@ def build(
         if path:
             set_module_path(node, path)
     return node
+
+
+def put_kernel(
+    graph: ir.Graph,
+    matmul: ir.Node,
+    last: ir.Node,
+    nodes: Sequence[ir.Node],
+    result: ir.Value,
+    kernel: str,
+) -> None:
+    """Put `nodes`, which make `result`, for `matmul` and the addition of its bias.
+
+    Args:
+        graph: the graph that owns them.
+        matmul: the Linear; the node of type `kernel` takes its name.
+        last: the addition, or `matmul` itself.
+        nodes: in order.
+        result: what stands for the output of `last`.
+        kernel: op type.
+    """
+    for node in nodes:
+        node.metadata_props.update(matmul.metadata_props)
+        node.name = str(matmul.name) if node.op_type == kernel else f"{matmul.name}/{node.op_type}"
+    old = [matmul] if last is matmul else [matmul, last]
+    ir.convenience.replace_nodes_and_values(graph, last, old, nodes, last.outputs, [result])
 
 
 def put_for(graph: ir.Graph, old: ir.Value, nodes: Sequence[ir.Node], new: ir.Value) -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qcompile.passes.constants import LARGEST, drop_unused, shared_constant
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.known_mask import MaskMeaning, meaning_of
-from qcompile.passes.matching import is_op, put_for
+from qcompile.passes.matching import is_op, name_nodes, put_for
 from qcompile.passes.symbolic_shapes import dims_of
 
 _INT32: Final = int(ir.DataType.INT32)
@@ -114,9 +114,9 @@ def _lower(
         masked = _attend(slow, [q, k, v, None, None, lazy], attributes | {"unidirectional": 0})
         result = _either(before, harmless, (fast, flash), (slow, masked), str(node.outputs[0].name))
     nodes = list(before.nodes)
-    for at, made in enumerate(nodes):
+    for made in nodes:
         made.metadata_props.update(node.metadata_props)
-        made.name = f"{node.name}/{at}/{made.op_type}"
+    name_nodes(nodes, str(node.name))
     put_for(graph, node.outputs[0], nodes, result)
 
 

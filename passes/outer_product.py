@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused
-from qcompile.passes.matching import array_of, ints, is_op, like, made_by, put_for
+from qcompile.passes.matching import (
+    array_of,
+    ints,
+    is_op,
+    like,
+    made_by,
+    name_nodes,
+    put_for,
+)
 from qcompile.passes.symbolic_shapes import dims_of
 
 
@@ -51,8 +59,8 @@ def _rewrite(graph: ir.Graph, transpose: ir.Node) -> bool:
     wide.type, wide.shape = cast.outputs[0].type, ir.Shape([*rows, 1])
     angles = tape.op("Mul", [wide, constant(graph, f"{result.name}.factors", c.reshape(-1))])
     like(angles, result)
-    for at, made in enumerate(tape.nodes):
+    for made in tape.nodes:
         made.metadata_props.update(product.metadata_props)
-        made.name = f"{product.name}/{at}/{made.op_type}"
+    name_nodes(tape.nodes, str(product.name))
     put_for(graph, result, tape.nodes, angles)
     return True

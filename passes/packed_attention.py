@@ -13,7 +13,17 @@ from qcompile.passes.constants import constant, drop_unused, sole_use
 from qcompile.passes.integer_matmul import CONTRIB
 from qcompile.passes.join_products import join, join_key, strung
 from qcompile.passes.known_mask import session_of
-from qcompile.passes.matching import build, ints, is_op, like, made_by, operands, same
+from qcompile.passes.matching import (
+    build,
+    ints,
+    is_op,
+    like,
+    made_by,
+    name_nodes,
+    operands,
+    same,
+    turns_heads,
+)
 from qcompile.passes.symbolic_shapes import dims_of
 
 from qcompile.cache import MASK, POSITIONS, TOKENS
@@ -155,7 +165,11 @@ def _unrotated(value: ir.Value | None) -> tuple[ir.Node | None, ir.Value | None]
     found: ir.Value | None = value
     for op_type in ("Reshape", "Transpose", "Concat"):
         node = made_by(found, op_type)
-        if node is None or not sole_use(found) or (op_type == "Transpose" and not _turns(node)):
+        if (
+            node is None
+            or not sole_use(found)
+            or (op_type == "Transpose" and not turns_heads(node))
+        ):
             return None, value
         found = node.inputs[0]
     assert node is not None
@@ -169,14 +183,9 @@ def _unrotated(value: ir.Value | None) -> tuple[ir.Node | None, ir.Value | None]
     parts = [made_by(part, "Slice") for part in (rotation.inputs[0], node.inputs[1])]
     heads = parts[0].inputs[0] if parts[0] is not None else None
     turned = made_by(heads, "Transpose")
-    if turned is None or not _turns(turned) or _cuts(parts) != [heads, heads]:
+    if turned is None or not turns_heads(turned) or _cuts(parts) != [heads, heads]:
         return None, value
     return rotation, turned.inputs[0]
-
-
-def _turns(transpose: ir.Node) -> bool:
-    """Whether it moves the heads in front of the tokens, or back."""
-    return list(transpose.attributes.get_ints("perm", ())) == [0, 2, 1, 3]
 
 
 def _cuts(parts: Sequence[ir.Node | None]) -> list[ir.Value | None]:
@@ -358,17 +367,14 @@ def _places(graph: ir.Graph) -> ir.Value:
     placed = later.op("Max", [later.op("Add", [own, before]), zero])
     branches = {}
     for name, part, value in (("then_branch", prompt, counted), ("else_branch", later, placed)):
-        _named(part, f"places/{name}", checked)
+        name_nodes(part.nodes, f"places/{name}")
         value.type, value.shape = own.type, own.shape
         branches[name] = ir.Graph([], [value], nodes=part.nodes, name=name)
     result = tape.op("If", [first], branches)
-    _named(tape, "places", checked)
+    name_nodes(tape.nodes, "places")
+    guard = checked.producer()
+    assert guard is not None
+    guard.name = GUARD
     result.type, result.shape = own.type, own.shape
     graph.insert_before(next(iter(graph)), tape.nodes)
     return result
-
-
-def _named(tape: ir.tape.Tape, prefix: str, guard: ir.Value) -> None:
-    for at, node in enumerate(tape.nodes):
-        node.name = GUARD if node.outputs[0] is guard else f"{prefix}/{at}/{node.op_type}"
-        node.outputs[0].name = f"{prefix}/{at}/{node.op_type}/output"

@@ -8,7 +8,15 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qcompile.passes.constants import shared_constant
-from qcompile.passes.matching import build, is_op, made_by, operands, put_for, scalar_of
+from qcompile.passes.matching import (
+    build,
+    is_op,
+    made_by,
+    name_nodes,
+    operands,
+    put_for,
+    scalar_of,
+)
 from qcompile.passes.symbolic_shapes import SymbolicShapes, broadcast, dims_of
 
 
@@ -44,9 +52,8 @@ def _unmerge(graph: ir.Graph, reshape: ir.Node) -> bool:
         for node in apart.nodes:
             node.resize_inputs(0)  # or they would go on reading what they were made of
         return False
-    for at, node in enumerate(apart.nodes):
-        # Layers may share what was merged: named after that, nodes would be named alike.
-        node.name = f"{reshape.name}/{at}/{node.op_type}"
+    # Layers may share what was merged: named after that, nodes would be named alike.
+    name_nodes(apart.nodes, str(reshape.name))
     shape = found.shape
     put_for(graph, reshape.outputs[0], apart.nodes, found)
     found.shape = shape

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from qcompile.passes.constants import constant
 from qcompile.passes.integer_matmul import CONTRIB, constant_bias, lower_matmuls
+from qcompile.passes.matching import put_kernel
 
 from qcompile.linears import is_constant
 
@@ -124,11 +125,5 @@ def _lower(graph: ir.Graph, matmul: ir.Node, accuracy_level: int) -> bool:
         },
         domain=CONTRIB,
     )
-    for node in tape.nodes:
-        node.metadata_props.update(matmul.metadata_props)
-        node.name = str(matmul.name)
-    ir.convenience.replace_nodes_and_values(
-        graph, replaced, [matmul, *([replaced] if replaced is not matmul else [])],
-        list(tape.nodes), replaced.outputs, [result],
-    )  # fmt: skip
+    put_kernel(graph, matmul, replaced, tape.nodes, result, KERNEL)
     return True

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from qcompile.cli_compile import compile_command
+from qcompile.cli_compile import PATH, compile_command
 from qcompile.cli_group import CompileByDefault
 from qcompile.console import stdout
 from qcompile.errors import ConfigError, QcompileError
@@ -23,7 +23,9 @@ from qcompile.terminating import Terminated, terminable
 _INTERRUPTED = 130
 
 
-@click.group(cls=CompileByDefault, context_settings={"help_option_names": ["--help"]})
+@click.group(
+    cls=CompileByDefault, context_settings={"help_option_names": ["--help"], "show_default": True}
+)
 @click.version_option(package_name="qcompile")
 def cli() -> None:
     """Compile a model to a quantised, verified ONNX graph.
@@ -55,7 +57,7 @@ def schemes_command() -> None:
 
 
 @cli.command("inspect", short_help="Show an artifact's plan per op.")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
 def inspect_command(folder: Path, as_json: bool) -> None:
     """Show, for each op of the artifact FOLDER, its precision, kernel, candidates and reason."""
@@ -75,11 +77,11 @@ def inspect_command(folder: Path, as_json: bool) -> None:
 
 
 @cli.command("report", short_help="Draw an artifact's page again, or compare several.")
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, required=True, type=PATH)
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="File to write.  [default: report.html in FOLDER, if there is one]",
 )
 def report_command(folders: tuple[Path, ...], output: Path | None) -> None:
@@ -97,7 +99,7 @@ def report_command(folders: tuple[Path, ...], output: Path | None) -> None:
 
 
 @cli.command("check", short_help="Verify an artifact again, on this machine.")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.option("--trust-library", is_flag=True, help="Load the operators that FOLDER carries.")
 def check_command(folder: Path, as_json: bool, trust_library: bool) -> None:
@@ -114,19 +116,16 @@ def check_command(folder: Path, as_json: bool, trust_library: bool) -> None:
 
 
 @cli.command("run", short_help="Generate text with an artifact.")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.argument("prompt")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128)
 @click.option(
     "--temperature",
     type=click.FloatRange(0.0),
     default=0.0,
-    show_default=True,
     help="0: always the likeliest token.",
 )
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn."
-)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of what is drawn.")
 def run_command(
     folder: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int
 ) -> None:
@@ -149,11 +148,11 @@ def run_command(
 
 
 @cli.command("bench", short_help="Compare how fast artifacts generate.")
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.argument("folders", nargs=-1, required=True, type=PATH)
+@click.option("--batch", type=click.IntRange(1), default=1)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128)
+@click.option("--new-tokens", type=click.IntRange(1), default=128)
+@click.option("--rounds", type=click.IntRange(1), default=5)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def bench_command(
     folders: tuple[Path, ...],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 from rich.console import Console
@@ -12,10 +12,12 @@ from rich.console import Console
 from qcompile.console import plain, stdout
 from qcompile.errors import ConfigError
 
+PATH: Final = click.Path(path_type=Path)
+
 
 @click.command("compile", short_help="Compile MODEL (the default command).")
 @click.argument("model")
-@click.option("--target", default="ort-cpu", show_default=True, help="See `qcompile targets`.")
+@click.option("--target", default="ort-cpu", help="See `qcompile targets`.")
 @click.option(
     "--scheme",
     help="See `qcompile schemes`.  [default: w8a8, or what a quantised checkpoint holds]",
@@ -27,7 +29,7 @@ from qcompile.errors import ConfigError
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder to write.  [default: MODEL-target-scheme]",
 )
 @click.option(
@@ -35,26 +37,23 @@ from qcompile.errors import ConfigError
     type=click.Path(),
     help="Text (.txt, .jsonl), a folder of images, or inputs by name (.npz, .npy for one input).",
 )
-@click.option("--samples", type=int, default=64, show_default=True, help="Calibration samples.")
-@click.option("--seq-len", type=int, default=256, show_default=True, help="Tokens per sample.")
+@click.option("--samples", type=int, default=64, help="Calibration samples.")
+@click.option("--seq-len", type=int, default=256, help="Tokens per sample.")
 @click.option(
     "--smooth",
     default="auto",
-    show_default=True,
     help="SmoothQuant: auto (α searched per site), off, or α in [0, 1].",
 )
 @click.option(
     "--activations",
     type=click.Choice(["auto", "static", "dynamic", "token"]),
     default="auto",
-    show_default=True,
     help="The paper's O3, O2, O1, or whichever pays, per site.",
 )
 @click.option(
     "--objective",
     type=click.Choice(["latency", "size", "accuracy", "scheme"]),
     default="latency",
-    show_default=True,
     help="What the precision of every op is chosen for; scheme: as --scheme says, unmeasured.",
 )
 @click.option("--max-kl", type=float, help="Limit: mean KL to float on held-back text.")
@@ -62,16 +61,15 @@ from qcompile.errors import ConfigError
 @click.option("--max-size", help="Limit: bytes of the weights, e.g. 20MB.")
 @click.option(
     "--costs",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="File of measured times, read and added to; another machine's is used as it is.",
 )
-@click.option("--plan-out", type=click.Path(path_type=Path), help="Write the plan there, too.")
-@click.option("--plan-in", type=click.Path(path_type=Path), help="Replay a plan, choose nothing.")
+@click.option("--plan-out", type=PATH, help="Write the plan there, too.")
+@click.option("--plan-in", type=PATH, help="Replay a plan, choose nothing.")
 @click.option(
     "--ranges",
     type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
     default="minmax",
-    show_default=True,
     help="How a static range is drawn from what calibration saw.",
 )
 @click.option(
@@ -104,14 +102,10 @@ from qcompile.errors import ConfigError
     default=None,
     help="Add what rounding shifts on average to biases.  [default: on onnx-edge]",
 )
-@click.option(
-    "--recipe", type=click.Path(path_type=Path), help="YAML: module-path glob -> overrides."
-)
+@click.option("--recipe", type=PATH, help="YAML: module-path glob -> overrides.")
 @click.option("--task", help="Task of the model, as optimum names it.  [default: inferred]")
-@click.option(
-    "--opset", type=int, default=23, show_default=True, help="ONNX opset; 13 to 23 for onnx-edge."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="For generated data.")
+@click.option("--opset", type=int, default=23, help="ONNX opset; 13 to 23 for onnx-edge.")
+@click.option("--seed", type=int, default=0, help="For generated data.")
 @click.option(
     "--shapes",
     help="Batch x sequence that matter: timed, and planned for.  "
@@ -149,18 +143,19 @@ from qcompile.errors import ConfigError
     "adapter_mode",
     flag_value="keep",
     default="merge",
+    show_default=False,
     help="Keep it beside the weights, in float.  [default: merge it into them]",
 )
 @click.option(
     "--strict/--no-strict",
     default=True,
+    show_default=False,
     help="Fail where verification does not hold, or only report it.  [default: strict]",
 )
 @click.option(
     "--format",
     type=click.Choice(["onnx", "ort"]),
     default="onnx",
-    show_default=True,
     help="ort: model.ort too, for reduced builds, and the operators that one needs.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there.")

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.calibration.observing import outputs_over
 from qcompile.errors import CalibrationError
 from qcompile.passes.observe_bias import PARTS, ObserveBias, output_name
 from qcompile.passes.quantize import Quantize
 from qcompile.precision import PrecisionPlan
-from qcompile.session import Runtime, open_session
+from qcompile.session import Runtime
 from qcompile.traced import Batch
 from qcompile.weighted import Weighted, find_weighted
 
@@ -95,7 +96,7 @@ def plan_correction(
         progress: called with (batches done, batches in all).
 
     Raises:
-        CalibrationError: an output is NaN or infinite on this data.
+        CalibrationError: an output is NaN or infinite on this data, or a graph fails on it.
     """
     refused = {
         op.name: "it has no bias that is a part of its kernel" for op in ops if op.name in unbiased
@@ -109,17 +110,10 @@ def plan_correction(
         for op in ops
     ]
     ObserveBias(reference, measured)(both)
-    path = work / "biases.onnx"
-    ir.save(both, path)
-    session = open_session(path, _PLAIN, planned=False)
-    path.unlink()
-    inputs = {i.name for i in session.get_inputs()}
-    names = [output.name for output in session.get_outputs()]
     counts = [0] * len(ops)
     sums = [np.zeros((2, op.out_channels)) for op in ops]
-    for done, batch in enumerate(batches):
-        feed = {name: array for name, array in batch.items() if name in inputs}
-        results = dict(zip(names, session.run(names, feed), strict=True))
+    outputs = outputs_over(both, batches, work / "biases.onnx", runtime=_PLAIN, progress=progress)
+    for results in outputs:
         for at, op in enumerate(ops):
             rows, *moments = (results[output_name(at, part)] for part in PARTS)
             if not np.isfinite(moments).all():
@@ -129,8 +123,6 @@ def plan_correction(
                 )
             counts[at] += int(rows[0])
             sums[at] += int(rows[0]) * np.asarray(moments, np.float64)
-        if progress:
-            progress(done + 1, len(batches))
     shifts = {
         op.name: shrunk(total[0] / count, total[1] / count, count)
         for op, total, count in zip(ops, sums, counts, strict=True)

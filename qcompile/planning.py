@@ -34,7 +34,7 @@ from qcompile.rounding import channel_method, rounding_of
 from qcompile.smoothing import Smoothing, SmoothingPlan
 from qcompile.targets.base import Target
 from qcompile.weight_blocks import quantize_blocks
-from qcompile.weights import Neighbours, quantize_weight
+from qcompile.weights import WHOLE, Neighbours, quantize_weight
 
 Array = npt.NDArray[Any]
 
@@ -101,7 +101,7 @@ def plan_precision(
                     moment,
                     activation.highest if target.saturates else None,
                     neighbours if method not in ("rtn", "mse") else None,
-                    searched=method != "rtn",
+                    parts=WHOLE if method == "rtn" else None,
                 )
                 weight = dataclasses.replace(weight, kept=kept)
             elif (kind := as_float4(choice.precision)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -36,6 +36,46 @@ from qcompile.verify import Verification
 from qcompile.weights import violations
 
 
+def begin_report(
+    model: TracedModel,
+    target: Target,
+    target_spec: str,
+    scheme: Scheme,
+    data: CalibrationData,
+    smoothing: SmoothingPlan,
+    sites: list[SiteRow],
+    findings: Verification,
+    phases: Phases,
+    notes: Sequence[str] = (),
+) -> Report:
+    """What is reported alike on every target, with `notes` among the warnings; ops are missing."""
+    warnings = [*data.warnings, *(unfolded(model.ir.graph) if scheme.quantizes else ())]
+    if target.caveat:
+        warnings.append(target.caveat)
+    return Report(
+        model=model.name,
+        task=model.task,
+        target=target_spec,
+        scheme=scheme.name,
+        calibration=data.origin,
+        samples=data.samples,
+        held_back=sum(len(next(iter(batch.values()))) for batch in data.held_back),
+        seen=data.seen,
+        warnings=[*warnings, *notes, *findings.problems],
+        refusals=[
+            f"{entry.site}: {entry.reason}"
+            for entry in smoothing.entries
+            if entry.reason.startswith("refused")
+        ],
+        accuracy=findings.accuracy,
+        decoded=findings.decoded,
+        speed=findings.speed,
+        kernels=findings.kernels.counts,
+        sites=sites,
+        seconds=dict(phases.seconds),
+    )
+
+
 def make_report(
     model: TracedModel,
     target: Target,
@@ -53,75 +93,57 @@ def make_report(
     cache: Cache | None = None,
 ) -> Report:
     """The report of one compilation; sizes are filled in when the artifact is complete."""
-    warnings = [*data.warnings, *(unfolded(model.ir.graph) if scheme.quantizes else ())]
-    if target.caveat:
-        warnings.append(target.caveat)
+    notes: list[str] = []
     nothing = incomparable(target, scheme, config)
     if nothing is not None and target.runs_here:
-        warnings.append(nothing)
+        notes.append(nothing)
     unplanned = scheme.quantizes and config.objective != "scheme" and config.costs is None
     if unplanned and target.unmeasured and decision is None:
-        warnings.append(target.unmeasured)
-    warnings += [
+        notes.append(target.unmeasured)
+    notes += [
         f"at {speed.shape} the compiled model is slower than float on this "
         f"machine ({speed.ratio:.2f} of its speed)"
         for speed in findings.speed
         if scheme.quantizes and speed.ratio < 0.95
     ]
     if decision is not None and not plan.quantized:
-        warnings.append(
+        notes.append(
             "every op stays in float: no other plan is better for the objective and the limits"
         )
     if decision is not None and decision.measured.notes:
-        warnings += decision.measured.notes
+        notes += decision.measured.notes
     elif decision is not None and decision.foreign(target):
-        warnings.append(
+        notes.append(
             "the plan was made from times of another machine: "
             + ", ".join(decision.measured.machine.values())
         )
+    report = begin_report(
+        model, target, target_spec, scheme, data, smoothing, sites, findings, phases, notes
+    )
     candidates = candidate_rows(decision) if decision is not None else {}
     linears = {linear.name: linear for linear in find_linears(model.ir.graph)}
-    return Report(
-        model=model.name,
-        task=model.task,
-        target=target_spec,
-        scheme=scheme.name,
-        calibration=data.origin,
-        samples=data.samples,
-        held_back=sum(len(next(iter(batch.values()))) for batch in data.held_back),
-        seen=data.seen,
-        warnings=warnings + findings.problems,
-        refusals=[
-            f"{entry.site}: {entry.reason}"
-            for entry in smoothing.entries
-            if entry.reason.startswith("refused")
-        ],
-        accuracy=findings.accuracy,
-        decoded=findings.decoded,
-        cache=cache,
-        speed=findings.speed,
-        kernels=findings.kernels.counts,
-        sites=sites,
-        ops=[
-            _op_row(
-                op,
-                linears[op.name],
-                plan,
-                findings,
-                sqnr,
-                candidates.get(op.name, []),
-                None if scheme.keeps else method_of(op.name, Choice(plan.label(op), ""), config),
-            )
-            for op in plan.ops
-        ],
-        planning=planning_row(decision, config, model.kind) if decision is not None else None,
-        floats=target.floats if scheme.quantizes else "float32",
-        leftovers=[
+    report.cache = cache
+    report.ops = [
+        _op_row(
+            op,
+            linears[op.name],
+            plan,
+            findings,
+            sqnr,
+            candidates.get(op.name, []),
+            None if scheme.keeps else method_of(op.name, Choice(plan.label(op), ""), config),
+        )
+        for op in plan.ops
+    ]
+    if decision is not None:
+        report.planning = planning_row(decision, config, model.kind)
+    if scheme.quantizes:
+        report.floats = target.floats
+        report.leftovers = [
             LeftoverRow(name=left.name, op=left.op, reason=left.reason)
-            for left in (find_leftovers(model.ir.graph) if scheme.quantizes else ())
-        ],
-        seconds=dict(phases.seconds),
-    )
+            for left in find_leftovers(model.ir.graph)
+        ]
+    return report
 
 
 def site_rows(

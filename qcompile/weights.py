@@ -13,6 +13,7 @@ moved to the nearest point that keeps it, and the scale is chosen for the least 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -26,6 +27,9 @@ LEVELS: Final = 127
 LIMIT: Final = 32767
 ENDS: Final = {8: (-LEVELS, LEVELS), 4: (-8, 7)}
 """The codes of so many bits: of eight, as many on either side."""
+
+WHOLE: Final = (1.0,)
+"""Of a range: no weight is clipped."""
 
 _SHRINK: Final = {8: 0.80, 4: 0.50}
 _STEPS: Final = {8: 8, 4: 11}
@@ -67,7 +71,7 @@ def quantize_weight(
     neighbours: Neighbours | None = None,
     *,
     bits: int = 8,
-    searched: bool = True,
+    parts: Sequence[float] | None = None,
 ) -> QuantizedWeight:
     """Quantise ``W [K, N]``, each output channel with the scale of least error.
 
@@ -81,8 +85,8 @@ def quantize_weight(
         highest: the highest uint8 code of each input channel, [K]. None: no constraint.
         neighbours: of the input channels; None rounds each weight for itself.
         bits: 8 or 4.
-        searched: whether a scale may clip weights; else the largest is the largest code, or less
-            for the sake of a pair.
+        parts: of the whole range, that are tried; None: from 0.8 up, of 4 bits from 0.5. In the
+            `WHOLE` the largest weight is the largest code, or less for the sake of a pair.
 
     Returns:
         int8 codes [K, N] and float32 scale [N]. Time and memory are bounded by blocks of output
@@ -100,7 +104,7 @@ def quantize_weight(
     for start in range(0, width, _BLOCK):
         part = slice(start, start + _BLOCK)
         block = _apart(np.ascontiguousarray(weight[:, part].T, np.float32), 0.0)
-        found, scale[part] = _quantize_block(block, counts, reach, bits, searched)
+        found, scale[part] = _quantize_block(block, counts, reach, bits, parts)
         half = found.shape[1] // 2
         codes[0::2, part] = found[:, :half].T
         codes[1::2, part] = found[:, half : half + depth // 2].T
@@ -156,14 +160,18 @@ def _apart(values: Array, padding: float) -> Array:
 
 
 def _quantize_block(
-    block: Array, importance: Array, highest: Array | None, bits: int, searched: bool
+    block: Array,
+    importance: Array,
+    highest: Array | None,
+    bits: int,
+    parts: Sequence[float] | None,
 ) -> tuple[Array, Array]:
     """Codes [n, K] and scales [n] of output channels `block` [n, K], its pairs `_apart`."""
     least, most = ENDS[bits]
     top = np.maximum(np.abs(block).max(axis=1), 1e-30) / most
     # Both ways from the scale that maps the largest weight to 127: smaller ones clip a few weights
     # for a finer step, larger ones keep pairs inside the bound.
-    down = np.linspace(_SHRINK[bits], 1.0, _STEPS[bits]) if searched else np.ones(1)
+    down = np.linspace(_SHRINK[bits], 1.0, _STEPS[bits]) if parts is None else np.array(parts)
     ratios = np.repeat(down[:, None], len(block), axis=1)
     if highest is not None:
         enlarge = np.maximum(_safe_scale(block, highest) / top, 1.0)

@@ -28,6 +28,7 @@ from qcompile.summary import print_ops
 from qcompile.weights import (
     ENDS,
     LIMIT,
+    WHOLE,
     Neighbours,
     kept_inside,
     quantize_weight,
@@ -112,7 +113,7 @@ def test_a_range_that_is_not_searched_is_the_whole(bits: int) -> None:
     weight = np.random.default_rng(0).uniform(-1, 1, (32, 6)).astype(np.float32)
     weight[0], moment = 1.2, np.ones(32)
     moment[0] = 0.0  # what the largest weights meet is always zero
-    plain = quantize_weight(weight, moment, bits=bits, searched=False)
+    plain = quantize_weight(weight, moment, bits=bits, parts=WHOLE)
     np.testing.assert_allclose(plain.scale, np.abs(weight).max(axis=0) / ENDS[bits][1], rtol=1e-6)
     np.testing.assert_array_equal(plain.codes, np.rint(weight / plain.scale))
     errors = [
@@ -237,11 +238,14 @@ def test_the_report_names_what_really_rounded() -> None:
 def test_channels_that_stay_in_float_beside_gptq(
     compiled: Callable[..., qcompile.Artifact],
 ) -> None:
-    plain, found = (
-        compiled(f"llm-int8{method}", outlier_share=0.1).report for method in ("", ":gptq")
+    plain, nearest, found = (
+        compiled(f"llm-int8{method}", outlier_share=0.1) for method in ("", ":rtn", ":gptq")
     )
-    assert {op.label for op in found.ops if op.precision != "float"} == {"llm-int8"}
-    assert found.accuracy["sqnr_db"] > plain.accuracy["sqnr_db"] - 1.0
+    assert {op.label for op in found.report.ops} == {"llm-int8"}
+    assert found.report.accuracy["sqnr_db"] > nearest.report.accuracy["sqnr_db"]
+    own = codes_of(found)
+    for other in map(codes_of, (plain, nearest)):
+        assert own.keys() == other.keys() and all(own[name] != other[name] for name in own)
 
 
 # onnx-edge

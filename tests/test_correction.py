@@ -15,6 +15,7 @@ from qcompile.passes.correct_bias import CorrectBias
 
 import qcompile
 from qcompile.correction import plan_correction, shrunk
+from qcompile.errors import CalibrationError
 from qcompile.weighted import Weighted, find_weighted
 from tests.cli_runner import RunCli
 from tests.passes.rewriting import HEADER, typed
@@ -88,6 +89,12 @@ def test_an_op_without_a_bias_is_left_where_its_kernel_takes_none(tmp_path: Path
     assert plan.refused == dict.fromkeys(
         ["two", "three"], "it has no bias that is a part of its kernel"
     )
+
+
+def test_data_that_a_graph_fails_on_is_an_error_of_calibration(tmp_path: Path) -> None:
+    model, narrow_images = network(), [{"x": random(2, 3, 6, 5)}]
+    with pytest.raises(CalibrationError, match="the model fails on the calibration data"):
+        plan_correction(model, coarse(model), find_weighted(model.graph), narrow_images, tmp_path)
 
 
 @given(

@@ -179,14 +179,14 @@ def test_statistics_merge_and_scale(tmp_path: Path) -> None:
         (t != 0).sum(1),
     )  # fmt: skip
     for found in (one.merge(two), two.merge(one), whole):
-        same(found, of_t)
-    same(whole.scaled(SPREAD), ChannelStats(
+        assert_same(found, of_t)
+    assert_same(whole.scaled(SPREAD), ChannelStats(
         of_t.count, of_t.minimum / SPREAD, of_t.maximum / SPREAD, of_t.total / SPREAD,
         of_t.squares / SPREAD**2, of_t.nonzero,
     ))  # fmt: skip
 
 
-def same(found: ChannelStats, wanted: ChannelStats) -> None:
+def assert_same(found: ChannelStats, wanted: ChannelStats) -> None:
     assert found.count == wanted.count
     for field in ("minimum", "maximum", "total", "squares", "nonzero"):
         one, two = getattr(found, field), getattr(wanted, field)

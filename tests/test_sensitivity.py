@@ -10,12 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-import torch
-from qcompile.passes.per_token import per_token_functions
 from qcompile.passes.quantize import Quantize
 from qcompile.passes.weight_only import WeightOnlyMatMul
 
-from qcompile.config import Activations
 from qcompile.errors import CalibrationError
 from qcompile.gradients import measure_gradients
 from qcompile.linears import find_linears, find_sites
@@ -32,63 +29,16 @@ from qcompile.precision import (
     SitePlan,
     uint8_affine,
 )
-from qcompile.sensitivity import Damage, measure_damage, quantized_activation, unit_of
+from qcompile.sensitivity import Damage, measure_damage, unit_of
 from qcompile.torch_graph import UnsupportedOpError
 from qcompile.traced import Batch, Kind
 from qcompile.weight_blocks import BITS, quantize_blocks
 from qcompile.weights import quantize_weight
-from tests.passes.rewriting import HEADER, typed
-from tests.support import from_text, run_model
+from tests.networks import CLASSIFIER, HIDDEN, IN, TOKENS, inputs, loaded, network, weights
+from tests.support import run_model
 
 LABELS: tuple[Label, ...] = (*MODES, "split", "weight8", "weight4")
 FACTOR = 1.3
-IN, HIDDEN, OUT = 48, 64, 12
-CLASSIFIER = """g (float[B,48] x, float[48,64] w, float[64] b, float[64,12] u, float[12] c)
-  => (float[B,12] logits) {
-  m = MatMul (x, w) a = Add (m, b) h = Tanh (a) n = MatMul (h, u) logits = Add (n, c) }"""
-# Tokens before logits: the first two Linears share an input.
-TOKENS = """g (float[B,S,48] x, float[48,64] w, float[48,64] v, float[64,12] u)
-  => (float[B,S,12] {output}) {{
-  m = MatMul (x, w) g = MatMul (x, v) s = Sigmoid (g) h = Mul (m, s)
-  {output} = MatMul (h, u) }}"""
-
-
-def weights(seed: int = 0) -> dict[str, np.ndarray]:
-    """Of unit gain, but for an input channel that is loud: int8 of a whole tensor suffers."""
-    rng = np.random.default_rng(seed)
-    found = {
-        "w": rng.standard_normal((IN, HIDDEN)) / IN**0.5,
-        "v": rng.standard_normal((IN, HIDDEN)) / IN**0.5,
-        "b": rng.standard_normal(HIDDEN) / 10,
-        "u": rng.standard_normal((HIDDEN, OUT)) / HIDDEN**0.5,
-        "c": rng.standard_normal(OUT) / 10,
-    }
-    return {name: array.astype(np.float32) for name, array in found.items()}
-
-
-def network(text: str, folder: Path, *, external: bool = False, **changed: np.ndarray) -> Path:
-    """The file of a float graph, every MatMul named after the value it computes."""
-    known = weights() | changed
-    declared = text.partition("=>")[0]
-    model = typed(
-        from_text(HEADER + text, **{k: v for k, v in known.items() if f"] {k}" in declared})
-    )
-    for node in model.graph:
-        node.name = str(node.outputs[0].name)
-    path = folder / "float.onnx"
-    ir.save(model, path, external_data="float.onnx.data" if external else None)
-    return path
-
-
-def loaded(path: Path) -> ir.Model:
-    """With its weights in memory."""
-    return ir.external_data.load_to_model(ir.load(path))
-
-
-def inputs(*shape: int, seed: int = 1) -> np.ndarray:
-    x = np.random.default_rng(seed).standard_normal((*shape, IN)).astype(np.float32)
-    x[..., 7] *= 6.0
-    return x
 
 
 def plans_of(
@@ -383,78 +333,3 @@ def test_an_op_that_is_not_known_is_named(tmp_path: Path) -> None:
     feeds: list[Batch] = [{"x": inputs(4)}]
     with pytest.raises(UnsupportedOpError, match=r"ai\.onnx\.Softsign"):
         measured(path, plans_of(path, feeds), feeds, "text-classification")
-
-
-# activations
-
-QUANTIZERS: dict[Activations, str] = {
-    "static": "q = QuantizeLinear (x, s, z) y = DequantizeLinear (q, s, z)",
-    "dynamic": "q, t, n = DynamicQuantizeLinear (x) y = DequantizeLinear (q, t, n)",
-    "token": "q, t = qcompile.QuantizePerToken (x) y = qcompile.DequantizePerToken (q, t)",
-}
-
-
-def planned(activation: ActivationQuant | None, weight: QuantizedWeight) -> PrecisionPlan:
-    """A plan of one op."""
-    depth, width = weight.codes.shape
-    precision = "int8" if activation is not None else "weight8"
-    op = OpPlan("m", "m", precision, "test", depth, width, "y", weight)  # type: ignore[arg-type]
-    sites = (SitePlan("m", "x", activation, ("m",)),) if activation is not None else ()
-    return PrecisionPlan(sites, (op,))
-
-
-@pytest.mark.parametrize("shift", [0.0, 3.0, -3.0])
-@pytest.mark.parametrize("mode", MODES)
-def test_activations_are_rounded_as_onnx_runtime_rounds_them(
-    mode: Activations, shift: float
-) -> None:
-    x = inputs(2, 9) + np.float32(shift)
-    # The range leaves some of them out, on both sides.
-    scale, zero = uint8_affine(float(x.min()) / 2, float(x.max()) / 2)
-    text = (
-        f"""g (float[B,S,48] x, float s, uint8 z) => (float[B,S,48] y) {{ {QUANTIZERS[mode]} }}"""
-    )
-    model = from_text(
-        HEADER.replace("]", ', "qcompile" : 1]') + text,
-        s=np.array(scale, np.float32),
-        z=np.array(zero, np.uint8),
-    )
-    if mode == "token":
-        for function in per_token_functions():
-            model.functions[function.identifier()] = function
-    wanted = run_model(model, {"x": x}, optimise=False)["y"]
-    static = mode == "static"
-    activation = ActivationQuant(
-        mode, scale if static else None, zero if static else None, np.full(IN, 255)
-    )
-    weight = quantize_weight(weights()["w"])
-    plan = planned(activation, weight)
-    found = quantized_activation(torch.from_numpy(x), plan.op("m"), plan).numpy()
-    assert np.abs(x - wanted).max() > 1e-3
-    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6 * float(np.abs(x).max()))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_zeros_stay_zeros(mode: Activations) -> None:
-    static = mode == "static"
-    activation = ActivationQuant(
-        mode, 0.5 if static else None, 7 if static else None, np.full(IN, 255)
-    )
-    plan = planned(activation, quantize_weight(weights()["w"]))
-    found = quantized_activation(torch.zeros(3, IN), plan.op("m"), plan)
-    np.testing.assert_array_equal(found.numpy(), np.zeros((3, IN)))
-
-
-@pytest.mark.parametrize("block_size", [16, 32])
-def test_without_a_mode_they_are_rounded_in_blocks(block_size: int) -> None:
-    """As the weight-only kernel does it; the last block of 48 channels by 32 is short."""
-    x = inputs(2, 9)
-    weight = quantize_blocks(weights()["w"], bits=8, block_size=block_size)
-    plan = planned(None, weight)
-    found = quantized_activation(torch.from_numpy(x), plan.op("m"), plan).numpy()
-    wanted = np.zeros_like(x)
-    for start in range(0, IN, block_size):
-        block = x[..., start : start + block_size].astype(np.float64)
-        step = np.abs(block).max(axis=-1, keepdims=True) / 127
-        wanted[..., start : start + block_size] = np.rint(block / step) * step
-    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6 * float(np.abs(x).max()))

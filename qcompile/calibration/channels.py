@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qcompile.calibration.observing import outputs_over
 from qcompile.errors import CalibrationError
 from qcompile.passes.observe_channels import PARTS, ObserveChannels, output_name
-from qcompile.session import open_session
 from qcompile.traced import Batch
 
 Array = npt.NDArray[Any]
@@ -100,18 +100,7 @@ def observe_channels(
     ObserveChannels({key: (name, *rest) for key, (name, rest) in enumerate(values.items())})(
         observed
     )
-    path = work / "channels.onnx"
-    ir.save(observed, path)
-    session = open_session(path, planned=False)
-    inputs = {i.name for i in session.get_inputs()}
-    outputs = [output.name for output in session.get_outputs()]
-    for done, batch in enumerate(batches):
-        feed = {name: array for name, array in batch.items() if name in inputs}
-        try:
-            results = dict(zip(outputs, session.run(outputs, feed), strict=True))
-        except Exception as error:  # onnxruntime raises its own, unexported types
-            detail = " ".join(str(error).split())
-            raise CalibrationError(f"the model fails on the calibration data: {detail}") from error
+    for results in outputs_over(observed, batches, work / "channels.onnx", progress=progress):
         for key, name in enumerate(values):
             rows, *parts = (results[output_name(key, part)] for part in PARTS)
             stats = ChannelStats(int(rows[0]), *(part.astype(np.float64) for part in parts))
@@ -122,7 +111,4 @@ def observe_channels(
                 )
             before = gathered.get(name)
             gathered[name] = before.merge(stats) if before else stats
-        if progress:
-            progress(done + 1, len(batches))
-    path.unlink()
     return gathered

@@ -9,10 +9,10 @@ from typing import Final, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.calibration.observing import outputs_over
 from qcompile.calibration.stats import BINS, GRAM_BLOCK, Stats
 from qcompile.errors import CalibrationError
 from qcompile.passes.observe import PARTS, Observe, output_name
-from qcompile.session import open_session
 from qcompile.traced import Batch
 
 HISTOGRAM_STRIDE: Final = 16
@@ -61,7 +61,7 @@ def calibrate(
         progress: called with (batches done, batches in all).
 
     Raises:
-        CalibrationError: an activation is NaN or infinite on this data.
+        CalibrationError: an activation is NaN or infinite on this data, or the graph fails on it.
     """
     gathered: dict[str, Stats] = {}
     if not sites:
@@ -74,25 +74,11 @@ def calibrate(
         histogram_stride=histogram_stride,
         gram_stride=gram_stride,
     )(observed)
-    path = work / "observed.onnx"
-    ir.save(observed, path)
-    session = open_session(path, planned=False)
-    names = [output.name for output in session.get_outputs()]
-    inputs = {i.name for i in session.get_inputs()}
-    for done, batch in enumerate(batches):
-        feed = {k: v for k, v in batch.items() if k in inputs}
-        try:
-            results = dict(zip(names, session.run(names, feed), strict=True))
-        except Exception as error:  # onnxruntime raises its own, unexported types
-            detail = " ".join(str(error).split())
-            raise CalibrationError(f"the model fails on the calibration data: {detail}") from error
+    for results in outputs_over(observed, batches, work / "observed.onnx", progress=progress):
         for key, site in enumerate(sites):
             stats = _read(results, key, site, finite)
             before = gathered.get(site.name)
             gathered[site.name] = before.merge(stats) if before else stats
-        if progress:
-            progress(done + 1, len(batches))
-    path.unlink()
     return gathered
 
 

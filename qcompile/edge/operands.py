@@ -12,13 +12,14 @@ from qcompile.edge.plan import BITS, LIMITS, Code, ConstantQuant, TensorQuant
 from qcompile.edge.units import Operand
 from qcompile.methods import Method
 from qcompile.precision import QuantizedWeight
-from qcompile.weights import quantize_weight
+from qcompile.weights import WHOLE, quantize_weight
 
 Array = npt.NDArray[Any]
 
 _PARTS: Final = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+_FINE: Final = (*np.linspace(1.0, 0.905, 20).tolist(), *_PARTS[2:])
 _POWERS: Final = (1.0, 0.5, 0.25)
-"""Parts of the full range that are tried."""
+"""Parts of the full range that are tried; eight bits lose by clipping more than a little."""
 
 _BIAS_ROOM: Final = 2.0**30
 """A bias takes no more than this of its 32 bits: the products are added to it."""
@@ -41,17 +42,18 @@ def quantize_constant(
         code: type of the codes.
         axis: of the output channels, each with a scale of its own; None: one for all.
         power_of_two: whether scales must be powers of two.
-        method: ``rtn`` clips no weight, any other searches the range; None: of int4 codes, and of
-            int8 codes per channel.
+        method: ``rtn`` clips no weight, any other searches the range, finely of 8 bits; None: of
+            int4 codes, and coarsely of int8 codes per channel.
     """
     least, most = LIMITS[code]
     middle = (least + most + 1) // 2
     if axis is not None and code in ("int8", "int4") and not power_of_two and weight.ndim > 1:
         rows = np.moveaxis(weight, axis, -1)
+        fine = _FINE if method is not None and code == "int8" else None
         found = quantize_weight(
             np.ascontiguousarray(rows.reshape(-1, rows.shape[-1])),
             bits=BITS[code],
-            searched=method != "rtn",
+            parts=WHOLE if method == "rtn" else fine,
         )
         codes = np.moveaxis(found.codes.reshape(rows.shape), -1, axis)
         return _constant(
@@ -64,7 +66,7 @@ def quantize_constant(
     if power_of_two:
         scale = 2.0 ** np.ceil(np.log2(scale))
     if method not in ("rtn", None) or (method is None and code == "int4" and not power_of_two):
-        parts = _POWERS if power_of_two else _PARTS
+        parts = _POWERS if power_of_two else _PARTS if code == "int4" else _FINE
         scale = _least_error(weight, scale, axis, others, (least - middle, most - middle), parts)
     scale = scale.astype(np.float32)
     codes = np.rint(weight / _along(scale, weight.ndim, axis)) + middle

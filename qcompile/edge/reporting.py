@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qcompile.batch_norm import unfolded
 from qcompile.cache import fed
 from qcompile.calibration.data import CalibrationData
 from qcompile.correction import CorrectionPlan
@@ -20,6 +19,7 @@ from qcompile.equalization import EqualizationPlan
 from qcompile.metrics import sqnr_db
 from qcompile.progress import Phases
 from qcompile.report import OpRow, Report, SiteRow, UnitRow
+from qcompile.reporting import begin_report
 from qcompile.schemes import Scheme
 from qcompile.session import Runtime, first_sample, open_session
 from qcompile.smoothing import SmoothingPlan
@@ -51,37 +51,18 @@ def make_edge_report(
     `ops` are those with a weight, as for other targets; `units` are all.
     """
     weights = {c.node: c for c in plan.constants if c.role == "weight"}
-    warnings = [*data.warnings, *(unfolded(model.ir.graph) if scheme.quantizes else ())]
-    if target.caveat is not None:
-        warnings.append(target.caveat)
-    return Report(
-        model=model.name,
-        task=model.task,
-        target=target_spec,
-        scheme=scheme.name,
-        calibration=data.origin,
-        samples=data.samples,
-        held_back=sum(len(next(iter(batch.values()))) for batch in data.held_back),
-        seen=data.seen,
-        warnings=warnings + findings.problems,
-        refusals=[
-            f"{entry.site}: {entry.reason}"
-            for entry in smoothing.entries
-            if entry.reason.startswith("refused")
-        ],
-        accuracy=findings.accuracy,
-        kernels=findings.kernels.counts,
-        sites=sites,
-        ops=[
-            _op_row(unit, weights[unit.name], sqnr, alone=not plan.tensors)
-            for unit in plan.quantized
-            if unit.name in weights and unit.op in WEIGHTED
-        ],
-        units=[
-            _unit_row(unit, plan, weights, sqnr, equalization, correction) for unit in plan.units
-        ],
-        seconds=dict(phases.seconds),
+    report = begin_report(
+        model, target, target_spec, scheme, data, smoothing, sites, findings, phases
     )
+    report.ops = [
+        _op_row(unit, weights[unit.name], sqnr, alone=not plan.tensors)
+        for unit in plan.quantized
+        if unit.name in weights and unit.op in WEIGHTED
+    ]
+    report.units = [
+        _unit_row(unit, plan, weights, sqnr, equalization, correction) for unit in plan.units
+    ]
+    return report
 
 
 def measure_units(

@@ -1,15 +1,20 @@
-"""Small traced models and tokenizers for the tests of calibration data."""
+"""Small traced models and tokenizers for the tests of calibration data, and how they load it."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+import pytest
 import tokenizers
 import transformers
 
+from qcompile.calibration.data import CalibrationData, load_calibration
+from qcompile.config import CompileConfig
+from qcompile.errors import CalibrationError
 from qcompile.traced import Batch, Kind, TracedModel
 from tests.support import from_text
 
@@ -82,3 +87,24 @@ def session(model: TracedModel) -> ort.InferenceSession:
 def rows(batches: tuple[Batch, ...], name: str = "input_ids") -> list[tuple[int, ...]]:
     """Every row of one input, in order."""
     return [tuple(row) for feed in batches for row in feed[name].tolist()]
+
+
+LM = language_model()
+SMALL = CompileConfig(samples=4, seq_len=8, objective="scheme")
+
+
+def load(source: Any, model: TracedModel = LM, config: CompileConfig = SMALL) -> CalibrationData:
+    return load_calibration(source, model, config)
+
+
+def refusal(source: Any, model: TracedModel = LM) -> str:
+    with pytest.raises(CalibrationError) as caught:
+        load(source, model)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path

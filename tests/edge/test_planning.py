@@ -211,6 +211,18 @@ def test_a_searched_range_errs_less_and_the_whole_one_clips_nothing(
         assert (np.log2(found["mse"].scale) % 1 == 0).all()
 
 
+@pytest.mark.parametrize("code", ["int8", "uint8"])
+@pytest.mark.parametrize("axis", [None, 1])
+def test_eight_bits_are_clipped_a_little(code: Code, axis: int | None) -> None:
+    weight = np.random.default_rng(0).standard_normal((512, 4)).astype(np.float32)
+    whole, clipped = (
+        quantize_constant(_operand(), weight, code, axis, method=method) for method in METHODS
+    )
+    errors = [np.square(each.dequantized() - weight).sum() for each in (clipped, whole)]
+    assert errors[0] < errors[1]
+    assert (whole.scale * 0.9 < clipped.scale).all()
+
+
 def test_a_bias_too_large_for_its_scale_enlarges_the_weight_s() -> None:
     weight = quantize_constant(
         _operand(), np.full((4, 2), 1e-9, np.float32), "int8", 1, power_of_two=True

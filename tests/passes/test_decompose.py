@@ -160,6 +160,22 @@ def test_the_bodies_of_control_flow(chosen: bool) -> None:
     assert_idempotent(pass_, model)
 
 
+def test_names_are_given_once_in_the_graph_and_its_bodies() -> None:
+    text = """g (float[2,8] x, bool c, float[8] w) => (float[2,8] y) {
+      u = LayerNormalization (x, w) v = LayerNormalization (u, w)
+      y = If (c) <then_branch = t () => (float[2,8] a) { a = LayerNormalization (v, w) },
+                  else_branch = e () => (float[2,8] b) { b = LayerNormalization (v, w) }> }"""
+    feed: Feed = {"x": normal(2, 8), "c": np.array(True)}
+    model = typed(from_text(HEADER + text, w=normal(8)))
+    wanted = run_model(model, feed, optimise=False)["y"]
+    Decompose(13)(model)
+    nodes = list(model.graph.all_nodes())
+    for names in ([n.name for n in nodes], [v.name for n in nodes for v in n.outputs]):
+        assert len(set(names)) == len(names)
+    found = run_model(model, feed, optimise=False)["y"]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
 def test_what_the_opset_has_stays_in_a_body() -> None:
     then = "a = Attention <q_num_heads=1, kv_num_heads=1> (x3, x3, x3)"
     text = IN_A_BODY.replace("THEN", then).replace("x, bool", "x, float[1,2,8] x3, bool")
