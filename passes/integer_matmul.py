@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused, sole_use
+from qcompile.passes.matching import put_kernel
 from qcompile.passes.per_token import DEQUANTIZE, DOMAIN, ZERO_POINT
 
 from qcompile.linears import is_constant
@@ -68,13 +69,7 @@ def _lower(graph: ir.Graph, matmul: ir.Node) -> bool:
             result = tape.op("Add", [result, bias])
     else:
         return False
-    for node in tape.nodes:
-        node.metadata_props.update(matmul.metadata_props)
-        node.name = str(matmul.name) if node.op_type == KERNEL else f"{matmul.name}/{node.op_type}"
-    ir.convenience.replace_nodes_and_values(
-        graph, replaced, [matmul, *([replaced] if replaced is not matmul else [])],
-        list(tape.nodes), replaced.outputs, [result],
-    )  # fmt: skip
+    put_kernel(graph, matmul, replaced, list(tape.nodes), result, KERNEL)
     return True
 
 

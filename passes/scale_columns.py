@@ -63,7 +63,7 @@ def _scale(graph: ir.Graph, product: ir.Node) -> bool:
     scaled = ir.node(
         "Mul",
         [whole, constant(graph, f"{product.name}/factor", factor)],
-        name=f"{last}/Mul",
+        name=f"{last}/Scale",
         metadata_props=dict(product.metadata_props),
     )
     graph.insert_after(product, scaled)

@@ -42,7 +42,7 @@ def test_static_codes_to_the_bit() -> None:
         one=ONE,
         f=SCALE * STEP,
     )
-    assert [node.name for node in model.graph] == ["op", "op/Mul"]
+    assert [node.name for node in model.graph] == ["op", "op/Scale"]
 
 
 def test_a_bias_is_divided() -> None:
