@@ -22,7 +22,16 @@ from qcompile.passes.scale_columns import ScaleColumns
 from benchmarks.common import publish
 from qcompile.timing import runner, steady_medians
 
-SIZES = ((512, 512), (512, 1024), (512, 2816), (512, 8192), (1024, 6144), (2048, 16384))
+SIZES = (
+    (512, 512),
+    (512, 2816),
+    (512, 8192),
+    (1024, 4096),
+    (1024, 6144),
+    (2048, 3072),
+    (2048, 16384),
+    (8192, 2048),
+)
 BYTES = 12 << 20
 
 
@@ -43,7 +52,7 @@ def main() -> None:
             for rows in given.rows:
                 feed = {"x": np.full((1, rows, depth), 7, np.uint8)}
                 runs = {name: runner(session, feed) for name, session in sessions.items()}
-                seconds = steady_medians(runs, min_rounds=20, max_rounds=400, seconds=4.0)
+                seconds = steady_medians(runs, min_rounds=50, max_rounds=1000, seconds=5.0)
                 row[f"{rows} rows, threads {threads}"] = seconds["inside"] / seconds["behind"]
         table.append(row)
     publish("Speed with scales behind the kernel, relative to inside", table, given.json)
@@ -72,7 +81,7 @@ def _model(depth: int, width: int, *, behind: bool) -> ir.Model:
         graph.outputs.append(y)
     model = ir.Model(graph, ir_version=10)
     if behind:
-        ScaleColumns()(model)
+        ScaleColumns([str(node.name) for node in graph])(model)
     return model
 
 

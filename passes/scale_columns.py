@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_ir as ir
 from qcompile.passes.constants import constant, drop_unused, shared_constant
@@ -20,16 +22,25 @@ class ScaleColumns(ir.passes.InPlacePass):
     In every call the kernel multiplies s by t into a vector that it grows number by number, before
     its threads start: 3.3 ns for each output channel, an eighth of a step of llama-28m. Without a
     bias the results are the same to the bit; with one they are rounded in another place. Where s is
-    found at run time it stays in the kernel.
+    found at run time it stays in the kernel. Of many rows the product is slower so, by one pass
+    over its output.
 
     Left as it is: one scale for all, a scale that is no constant, and one that b cannot be divided
-    by. Of many rows the product is slower so, by one pass over its output.
+    by.
+
+    Args:
+        names: of the products, or of those that were joined in them.
     """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            if (node.domain, node.op_type) == (CONTRIB, KERNEL):
+            product = (node.domain, node.op_type) == (CONTRIB, KERNEL)
+            if product and not self.names.isdisjoint(apart(str(node.name))):
                 modified |= _scale(model.graph, node)
         if modified:
             drop_unused(model)

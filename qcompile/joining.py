@@ -1,4 +1,4 @@
-"""The decision which products become one: those of one activation, where steps are of one token."""
+"""Decisions for steps of one token: which products become one, and which are scaled behind."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from qcompile.weight_blocks import BITS
 
 _SMALL: Final = 2 << 20
 """Bytes of INT8 codes. To start a product takes as long as reading some 150 KB of them."""
+_SHALLOW: Final = 1024
+"""Input channels, up to which scaling an output channel weighs beside reading its codes."""
 
 
 def plan_joins(plan: PrecisionPlan, target: Target) -> frozenset[str]:
@@ -31,6 +33,20 @@ def plan_joins(plan: PrecisionPlan, target: Target) -> frozenset[str]:
         for (_, precision), ops in groups.items()
         if len(ops) > 1 and (precision in BITS or (precision == "int8" and _bytes(ops) <= _SMALL))
         for op in ops
+    )
+
+
+def plan_columns(plan: PrecisionPlan, target: Target) -> frozenset[str]:
+    """Names of the INT8 products whose output channels are scaled behind the kernel.
+
+    For a graph with a cache, where inputs are few: what the kernel does for each output channel
+    takes as long as reading some 80 to 130 codes. A prompt loses a pass over the output.
+    ``benchmarks/columns.py`` measures both.
+    """
+    if not target.scales_columns:
+        return frozenset()
+    return frozenset(
+        op.name for op in plan.quantized if op.precision == "int8" and op.in_features <= _SHALLOW
     )
 
 

@@ -27,7 +27,7 @@ from qcompile.config import CompileConfig
 from qcompile.correction import correct_linears
 from qcompile.errors import VerificationError
 from qcompile.gradients import Importance
-from qcompile.joining import plan_joins
+from qcompile.joining import plan_columns, plan_joins
 from qcompile.keeping import keep_plan
 from qcompile.last import keep_last
 from qcompile.limits import (
@@ -246,7 +246,7 @@ def compile_shared(
                 [
                     *([packing] if target.packs else ()),
                     JoinProducts(plan_joins(plan, target)),
-                    *([ScaleColumns()] if target.scales_columns else ()),
+                    ScaleColumns(plan_columns(plan, target)),
                 ],
             )
             apart = packing.notes

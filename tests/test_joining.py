@@ -7,7 +7,7 @@ import dataclasses
 from qcompile.targets.ort_cpu import OrtCpu
 from qcompile.targets.ort_cuda import OrtCuda
 
-from qcompile.joining import plan_joins
+from qcompile.joining import plan_columns, plan_joins
 from qcompile.precision import OpPlan, PrecisionPlan
 
 OPS = (
@@ -41,3 +41,10 @@ def test_int8_where_it_is_small() -> None:
     """Two weights of a mebibyte, and a little more."""
     assert plan_joins(plan_of(1024), OrtCpu("avx2")) == {"q", "k", "gate", "up"}
     assert plan_joins(plan_of(1025), OrtCpu("avx2")) == {"q", "k"}
+
+
+def test_columns_of_few_inputs_are_scaled_behind() -> None:
+    """What the kernel does for each output channel is little beside reading many codes."""
+    assert plan_columns(plan_of(1024), OrtCpu("avx2")) == {"gate", "up"}
+    assert not plan_columns(plan_of(1025), OrtCpu("avx2"))
+    assert not plan_columns(plan_of(1024), OrtCuda("sm90"))

@@ -32,7 +32,7 @@ OUT = f"(float[B,S,{N}] y)"
 def test_static_codes_to_the_bit() -> None:
     """Of a graph's output, too: it keeps its name."""
     model = assert_rewrites(
-        ScaleColumns(),
+        ScaleColumns(["op"]),
         f"g ({GIVEN}, float one, float[{N}] f) => {OUT} {{ [op] y = {PRODUCT} (x, w, s, t, z) }}",
         f"""g ({GIVEN}, float one, float[{N}] f) => {OUT} {{
             c = {PRODUCT} (x, w, one, one, z) y = Mul (c, f) }}""",
@@ -47,9 +47,9 @@ def test_static_codes_to_the_bit() -> None:
 
 def test_a_bias_is_divided() -> None:
     assert_rewrites(
-        ScaleColumns(),
+        ScaleColumns(["op"]),
         f"""g ({GIVEN}, float one, float[{N}] f, float[{N}] b, float[{N}] d) => {OUT} {{
-            h = {PRODUCT} (x, w, s, t, z, , b) y = Relu (h) }}""",
+            [op] h = {PRODUCT} (x, w, s, t, z, , b) y = Relu (h) }}""",
         f"""g ({GIVEN}, float one, float[{N}] f, float[{N}] b, float[{N}] d) => {OUT} {{
             c = {PRODUCT} (x, w, one, one, z, , d) h = Mul (c, f) y = Relu (h) }}""",
         {"x": X},
@@ -65,12 +65,12 @@ def test_a_bias_is_divided() -> None:
 def test_a_scale_found_at_run_time_stays() -> None:
     given = f"float[B,S,{K}] x, int8[{K},{N}] w, float[{N}] t, float one"
     assert_rewrites(
-        ScaleColumns(),
+        ScaleColumns(["op"]),
         f"""g ({given}) => {OUT} {{
-            q, s, z = DynamicQuantizeLinear (x) y = {PRODUCT} (q, w, s, t, z) }}""",
+            q, s, z = DynamicQuantizeLinear (x) [op] y = {PRODUCT} (q, w, s, t, z) }}""",
         f"""g ({given}) => {OUT} {{
             q, s, z = DynamicQuantizeLinear (x)
-            c = {PRODUCT} (q, w, s, one, z) y = Mul (c, t) }}""",
+            [op] c = {PRODUCT} (q, w, s, one, z) y = Mul (c, t) }}""",
         {"x": RNG.standard_normal((2, 3, K)).astype(np.float32)},
         atol=1e-6,
         w=CODES,
@@ -80,27 +80,28 @@ def test_a_scale_found_at_run_time_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("declared", "scale", "bias"),
+    ("name", "declared", "scale"),
     [
-        ("float t", np.float32(0.01), BIAS),
-        (f"float[{N}] t", np.where(np.arange(N) == 3, 0, SCALE).astype(np.float32), BIAS),
+        ("op", "float t", np.float32(0.01)),
+        ("op", f"float[{N}] t", np.where(np.arange(N) == 3, 0, SCALE).astype(np.float32)),
+        ("another", f"float[{N}] t", SCALE),
     ],
-    ids=["one scale for all", "a bias over a scale of zero"],
+    ids=["one scale for all", "a bias over a scale of zero", "not asked for"],
 )
-def test_left_as_it_is(declared: str, scale: np.ndarray, bias: np.ndarray) -> None:
+def test_left_as_it_is(name: str, declared: str, scale: np.ndarray) -> None:
     assert_leaves(
-        ScaleColumns(),
+        ScaleColumns([name]),
         f"""g (uint8[B,S,{K}] x, int8[{K},{N}] w, float s, {declared}, uint8 z, float[{N}] b)
-            => {OUT} {{ y = {PRODUCT} (x, w, s, t, z, , b) }}""",
-        **ARRAYS | {"t": scale, "b": bias},
+            => {OUT} {{ [op] y = {PRODUCT} (x, w, s, t, z, , b) }}""",
+        **ARRAYS | {"t": scale, "b": BIAS},
     )
 
 
 def test_scales_that_are_computed_stay() -> None:
     assert_leaves(
-        ScaleColumns(),
+        ScaleColumns(["op"]),
         f"""g (uint8[B,S,{K}] x, int8[{K},{N}] w, float s, float[{N}] u, uint8 z)
-            => {OUT} {{ v = Exp (u) y = {PRODUCT} (x, w, s, v, z) }}""",
+            => {OUT} {{ v = Exp (u) [op] y = {PRODUCT} (x, w, s, v, z) }}""",
         **{k: v for k, v in ARRAYS.items() if k != "t"} | {"u": SCALE},
     )
 
@@ -117,10 +118,10 @@ def test_a_divided_bias_is_rounded_no_worse(
     scale: np.ndarray, bias: np.ndarray, step: float
 ) -> None:
     """Two roundings more of the larger of the two that are added."""
-    body = f"g ({GIVEN}, float[{N}] b) => {OUT} {{ y = {PRODUCT} (x, w, s, t, z, , b) }}"
+    body = f"g ({GIVEN}, float[{N}] b) => {OUT} {{ [op] y = {PRODUCT} (x, w, s, t, z, , b) }}"
     constants = ARRAYS | {"t": scale, "s": np.float32(step), "b": bias}
     model: ir.Model = from_text(HEADER + body, **constants)
-    assert ScaleColumns()(model).modified and "Mul" in ops(model)
+    assert ScaleColumns(["op"])(model).modified and "Mul" in ops(model)
     found = run_model(model, {"x": X})["y"]
     sums = (X.astype(np.int64) - int(ZERO)) @ CODES.astype(np.int64)
     product = sums * np.float64(np.float32(step)) * scale.astype(np.float64)
