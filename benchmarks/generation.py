@@ -90,6 +90,7 @@ class _Elsewhere:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         context.Process(target=_serve, args=(theirs, folder, given), daemon=True).start()
+        theirs.close()  # so that its end is seen
         self._pipe.recv()  # it is there
 
     def times(self) -> tuple[float, list[float]]:

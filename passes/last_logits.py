@@ -27,6 +27,7 @@ _EACH_TOKEN: Final = frozenset(
     }
 )
 """Ops that give a token's output from that token alone, where all inputs but one are constant."""
+_PRODUCTS: Final = frozenset({"MatMul", INTEGER, NBITS, BNB4})
 
 
 class LastLogits(ir.passes.InPlacePass):
@@ -46,7 +47,7 @@ class LastLogits(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=False)
         given = {value.name: value for value in model.graph.inputs}
         after = _after(logits)
-        if not after or not {MASK, TOKENS} <= given.keys():
+        if not any(_is_product(node) for node in after) or not {MASK, TOKENS} <= given.keys():
             return ir.passes.PassResult(model, modified=False)
         _gather(model.graph, after[-1], given[MASK], given[TOKENS])
         for made in (value for node in after for value in node.outputs):
@@ -68,6 +69,11 @@ def _after(logits: ir.Value) -> list[ir.Node]:
             return found[:-1] if found and len(_computed(found[-1])) > 1 else found
         found.append(node)
         value = source
+
+
+def _is_product(node: ir.Node) -> bool:
+    """Behind it alone nothing would be saved by cutting."""
+    return node.op_type in _PRODUCTS or node.domain == DOMAIN
 
 
 def _is_read_by(reader: ir.Node, node: ir.Node) -> bool:

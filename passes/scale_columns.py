@@ -20,10 +20,10 @@ class ScaleColumns(ir.passes.InPlacePass):
     -> ``Mul(MatMulIntegerToFloat(x, w, 1, 1, z, , b / (s·t)), s·t)``
 
     In every call the kernel multiplies s by t into a vector that it grows number by number, before
-    its threads start: 3.3 ns for each output channel, an eighth of a step of llama-28m. Without a
-    bias the results are the same to the bit; with one they are rounded in another place. Where s is
-    found at run time it stays in the kernel. Of many rows the product is slower so, by one pass
-    over its output.
+    its threads start: 3.3 ns for each output channel, an eighth of a step of llama-28m. Where s
+    is constant and there is no bias the results are the same to the bit; else they are rounded in
+    another place. Where s is found at run time it stays in the kernel. Of many rows the product
+    is slower so, by one pass over its output.
 
     Left as it is: one scale for all, a scale that is no constant, and one that b cannot be divided
     by.
@@ -54,6 +54,8 @@ def _scale(graph: ir.Graph, product: ir.Node) -> bool:
     static = array_of(product.inputs[_X_SCALE])
     if static is not None:
         factor = factor * static.reshape(())
+    whole = product.outputs[0]
+    name = str(product.name or whole.name)
     bias = product.inputs[_BIAS] if len(product.inputs) > _BIAS else None
     if bias is not None:
         added = array_of(bias)
@@ -63,17 +65,16 @@ def _scale(graph: ir.Graph, product: ir.Node) -> bool:
             added = added / factor
         if not np.isfinite(added).all():
             return False
-        divided = constant(graph, f"{product.name}/bias", added)
+        divided = constant(graph, f"{name}/bias", added)
         product.replace_input_with(_BIAS, divided)
     one = shared_constant(graph, "unit_scale", np.float32(1.0))
     product.replace_input_with(_W_SCALE, one)
     if static is not None:
         product.replace_input_with(_X_SCALE, one)
-    whole = product.outputs[0]
-    last = apart(str(product.name))[-1]  # of what was joined: the kernel alone has the names of all
+    last = apart(name)[-1]  # of what was joined: the kernel alone has the names of all
     scaled = ir.node(
         "Mul",
-        [whole, constant(graph, f"{product.name}/factor", factor)],
+        [whole, constant(graph, f"{name}/factor", factor)],
         name=f"{last}/Scale",
         metadata_props=dict(product.metadata_props),
     )

@@ -36,6 +36,14 @@ def is_hub_id(source: object) -> bool:
     return True
 
 
+def why_not_fetched(name: str) -> str | None:
+    """Why `name`, which is not here, was not looked for on the hub, if a user would wonder."""
+    here = "" if name.startswith((".", "/", "~")) else name.rpartition("/")[0]
+    if not os.path.isdir(here):
+        return None
+    return f"{here} is a folder here, so it was not looked for on the hub"
+
+
 def model_folder(source: str, *, weights: bool = False, kind: str = "model") -> Path:
     """The folder of a model: `source` itself, or of a hub id the cache's, filled as far as wanted.
 

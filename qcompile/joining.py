@@ -13,6 +13,8 @@ _SMALL: Final = 2 << 20
 """Bytes of INT8 codes. To start a product takes as long as reading some 150 KB of them."""
 _SHALLOW: Final = 1024
 """Input channels, up to which scaling an output channel weighs beside reading its codes."""
+_WIDE: Final = 16384
+"""Output channels: of a prompt of 1024 tokens 64 MiB."""
 
 
 def plan_joins(plan: PrecisionPlan, target: Target) -> frozenset[str]:
@@ -36,17 +38,22 @@ def plan_joins(plan: PrecisionPlan, target: Target) -> frozenset[str]:
     )
 
 
-def plan_columns(plan: PrecisionPlan, target: Target) -> frozenset[str]:
+def plan_columns(plan: PrecisionPlan, target: Target, *, last: bool) -> frozenset[str]:
     """Names of the INT8 products whose output channels are scaled behind the kernel.
 
     For a graph with a cache, where inputs are few: what the kernel does for each output channel
-    takes as long as reading some 80 to 130 codes. A prompt loses a pass over the output.
-    ``benchmarks/columns.py`` measures both.
+    takes as long as reading some 80 to 130 codes. A prompt loses a pass over the output, and where
+    that leaves the graph, memory for it twice: so a large vocabulary stays, but for the `last`
+    token's logits alone. ``benchmarks/columns.py`` measures both.
     """
     if not target.scales_columns:
         return frozenset()
     return frozenset(
-        op.name for op in plan.quantized if op.precision == "int8" and op.in_features <= _SHALLOW
+        op.name
+        for op in plan.quantized
+        if op.precision == "int8"
+        and op.in_features <= _SHALLOW
+        and (last or op.out_features <= _WIDE)
     )
 
 

@@ -246,7 +246,7 @@ def compile_shared(
                 [
                     *([packing] if target.packs else ()),
                     JoinProducts(plan_joins(plan, target)),
-                    ScaleColumns(plan_columns(plan, target)),
+                    ScaleColumns(plan_columns(plan, target, last=config.last_logits)),
                 ],
             )
             apart = packing.notes

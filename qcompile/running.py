@@ -87,10 +87,10 @@ def run_prompt(
         raise ConfigError(f"the prompt has {len(ids)} tokens, and the model {most} positions")
     room = new_tokens if most is None else min(new_tokens, most - len(ids))
     stream, ends = Stream(tokenizer, write), set(end_tokens(folder))
+    start = time.perf_counter()  # to make the cache is a part of the prompt's time
     tokens = generate(session, [ids], room, temperature=temperature, seed=seed)
     seconds = []
     while True:
-        start = time.perf_counter()
         token = next(tokens, None)
         if token is None:
             break
@@ -98,6 +98,7 @@ def run_prompt(
         if int(token[0]) in ends:
             break
         stream.put(int(token[0]))
+        start = time.perf_counter()
     stream.finish()
     notes = [str(warning.message) for warning in told]
     if len(seconds) == room < new_tokens:

@@ -22,8 +22,8 @@ OPS = (
 )
 
 
-def plan_of(width: int) -> PrecisionPlan:
-    one = OpPlan("", "", "float", "", width, width, "")
+def plan_of(width: int, outputs: int | None = None) -> PrecisionPlan:
+    one = OpPlan("", "", "float", "", width, outputs or width, "")
     return PrecisionPlan(
         ops=tuple(
             dataclasses.replace(one, name=name, site=site, precision=precision)  # type: ignore[arg-type]
@@ -45,6 +45,13 @@ def test_int8_where_it_is_small() -> None:
 
 def test_columns_of_few_inputs_are_scaled_behind() -> None:
     """What the kernel does for each output channel is little beside reading many codes."""
-    assert plan_columns(plan_of(1024), OrtCpu("avx2")) == {"gate", "up"}
-    assert not plan_columns(plan_of(1025), OrtCpu("avx2"))
-    assert not plan_columns(plan_of(1024), OrtCuda("sm90"))
+    assert plan_columns(plan_of(1024), OrtCpu("avx2"), last=False) == {"gate", "up"}
+    assert not plan_columns(plan_of(1025), OrtCpu("avx2"), last=False)
+    assert not plan_columns(plan_of(1024), OrtCuda("sm90"), last=False)
+
+
+def test_a_large_vocabulary_is_scaled_of_the_last_token_alone() -> None:
+    """Of a prompt its logits would be in memory twice."""
+    for width, last in ((16384, False), (16385, True)):
+        assert plan_columns(plan_of(8, width), OrtCpu("avx2"), last=last) == {"gate", "up"}
+    assert not plan_columns(plan_of(8, 16385), OrtCpu("avx2"), last=False)

@@ -12,7 +12,7 @@ from typing import Any, Final
 from qcompile.checkpoints import Checkpoint
 from qcompile.config import AdapterMode
 from qcompile.errors import ModelError, QcompileError
-from qcompile.hub import model_folder
+from qcompile.hub import model_folder, why_not_fetched
 
 _SETTINGS: Final = "adapter_config.json"
 
@@ -47,7 +47,7 @@ def add_adapter(
         )
     folder = model_folder(str(source), weights=True, kind="adapter")
     if not folder.exists():
-        raise ModelError(f"adapter {source} does not exist")
+        raise ModelError(f"adapter {source} does not exist", hint=why_not_fetched(str(source)))
     if not (folder / _SETTINGS).is_file():
         raise ModelError(f"{source} is no adapter: it has no {_SETTINGS}")
     if checkpoint is not None and mode == "merge":

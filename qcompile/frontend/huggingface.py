@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +27,7 @@ from qcompile.frontend.image import (
 from qcompile.frontend.loading import check_loaded, guarded
 from qcompile.frontend.opset import OPSET
 from qcompile.frontend.quantized import load_quantized
-from qcompile.hub import model_folder
+from qcompile.hub import model_folder, why_not_fetched
 from qcompile.spill import spill
 from qcompile.traced import POSITIONS, Kind, TracedModel
 
@@ -192,11 +191,7 @@ def _read_config(source: str, given: str, trust: bool) -> Any:
     if folder.exists() and not folder.is_dir():
         raise ModelError(f"{source} is neither a model folder nor an .onnx file")
     if not folder.exists():
-        here = "" if given.startswith((".", "/", "~")) else given.rpartition("/")[0]
-        hint = f"{here} is a folder here, so it was not looked for on the hub"
-        raise ModelError(
-            f"model {given} does not exist", hint=hint if os.path.isdir(here) else None
-        )
+        raise ModelError(f"model {given} does not exist", hint=why_not_fetched(given))
     if not (folder / "config.json").is_file():
         check_no_adapter(folder, given)
         raise ModelError(f"{given} has no config.json", hint="give a folder in Hugging Face form")

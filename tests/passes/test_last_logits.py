@@ -103,8 +103,9 @@ def _feed(mask: list[list[int]]) -> Feed:
         "h = Add (a, b) logits = Softmax <axis = 1> (h)",
         "logits = Add (a, b)",
         "h = Add (a, b) logits = LayerNormalization <axis = 1> (h, g)",
+        "h = Add (a, b) logits = Mul (h, g)",
     ],
-    ids=["over the tokens", "two inputs", "norm over the tokens"],
+    ids=["over the tokens", "two inputs", "norm over the tokens", "no product behind"],
 )
 def test_what_stays(body: str) -> None:
     text = f"m ({TOKENS}, {INPUTS}) => (float[B,S,8] logits) {{ {body} }}"

@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from qcompile.passes.integer_matmul import KERNEL
+from qcompile.passes.integer_matmul import KERNEL, IntegerMatMul
 from qcompile.passes.scale_columns import ScaleColumns
 
+from qcompile.config import Activations
 from tests.passes.rewriting import HEADER, assert_leaves, assert_rewrites
-from tests.support import from_text, ops, run_model
+from tests.passes.test_integer_matmul import BIAS as FC_BIAS
+from tests.passes.test_integer_matmul import FEED, integer_reference, qdq
+from tests.support import Feed, from_text, ops, run_model
 
 RNG = np.random.default_rng(0)
 K, N = 32, 12
@@ -104,6 +107,37 @@ def test_scales_that_are_computed_stay() -> None:
             => {OUT} {{ v = Exp (u) [op] y = {PRODUCT} (x, w, s, v, z) }}""",
         **{k: v for k, v in ARRAYS.items() if k != "t"} | {"u": SCALE},
     )
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_products_share_what_they_read(named: bool) -> None:
+    """Scales and biases of both, several readers, a scale per row behind: names stay unique."""
+    text = f"""g ({GIVEN}, float[{N}] b, float[B,S,1] r) => (float[B,S,{N}] o, float[B,S,{N}] k) {{
+        [one] y = {PRODUCT} (x, w, s, t, z, , b) [one_scaled] u = Mul (y, r)
+        [two] k = {PRODUCT} (x, w, s, t, z, , b) e = Relu (y) a = Add (u, e) o = Add (a, k) }}"""
+    model = from_text(HEADER + text, **ARRAYS, b=BIAS)
+    for node in model.graph:
+        node.name = (node.name or f"other/{node.outputs[0].name}") if named else ""
+    feed: Feed = {"x": X, "r": RNG.uniform(1, 2, (2, 3, 1)).astype(np.float32)}
+    wanted = run_model(model, feed, optimise=False)
+    assert ScaleColumns(["one", "two", ""])(model).modified
+    names = [str(node.name) for node in model.graph if node.name]
+    assert len(set(names)) == len(names) and ops(model).count("Mul") == 3
+    for name, array in run_model(model, feed).items():
+        np.testing.assert_allclose(array, wanted[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["static", "token"])
+def test_names_beside_those_of_the_lowering(mode: Activations) -> None:
+    """A product with a scale per row has a Mul of its own already."""
+    model = IntegerMatMul()(qdq(mode)).model
+    assert ScaleColumns(["model.fc"])(model).modified
+    names = [str(node.name) for node in model.graph]
+    assert len(set(names)) == len(names) and "model.fc" in names
+    outputs = run_model(model, FEED)
+    wanted = integer_reference(outputs, mode) + FC_BIAS
+    size = float(np.abs(wanted).max())
+    np.testing.assert_allclose(outputs["y"], wanted, rtol=1e-6, atol=1e-6 * size)
 
 
 FLOATS = st.floats(2.0**-20, 1024, width=32)
