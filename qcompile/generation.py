@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
@@ -109,13 +110,15 @@ def generate(
 
     Raises:
         ConfigError: no prompt, an empty one, or one of what is no token; less than none asked for,
-            or more than the model has positions, where the graph says how many.
+            or more than the model has positions, where the graph says how many; a temperature that
+            is none.
         ModelError: the graph has no cache.
     """
     size = next((o.shape[-1] for o in session.get_outputs() if o.name == _LOGITS), None)
     rows = _checked(prompts, size if isinstance(size, int) else None)
     if new_tokens < 0:
         raise ConfigError(f"{new_tokens} tokens cannot be generated")
+    check_temperature(temperature)
     ids, mask = pad_left(rows)
     most = positions_of(session)
     # The last token is not read again, so that it needs no position.
@@ -126,6 +129,12 @@ def generate(
         )
     decoder = Decoder(session, len(rows), ids.shape[1] + new_tokens)
     return _steps(decoder, ids, mask, new_tokens, temperature, np.random.default_rng(seed))
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ConfigError for what logits cannot be divided by, but for 0."""
+    if not (math.isfinite(temperature) and temperature >= 0.0):
+        raise ConfigError(f"temperature {temperature} is no number from 0 on")
 
 
 def _checked(prompts: Sequence[Sequence[int]], vocabulary: int | None) -> list[list[int]]:

@@ -17,6 +17,7 @@ from qcompile.errors import ConfigError, ModelError, check_reachable
 from qcompile.hub import model_folder
 from qcompile.methods import PER_CHANNEL
 from qcompile.planfile import PlanFile
+from qcompile.precision import PrecisionPlan
 from qcompile.schemes import Scheme, check_method, rounds_alike
 from qcompile.shapes import check_lengths
 from qcompile.targets import Target
@@ -211,6 +212,18 @@ def incomparable(target: Target, scheme: Scheme, config: CompileConfig) -> str |
         f"speed was not measured: target {target.name} has attention with a cache in "
         f"{' and '.join(target.caches)} only, so that float32 does not run there"
     )
+
+
+def ragged(plan: PrecisionPlan) -> list[str]:
+    """What to know of a plan by which a text depends on what is computed together with it."""
+    paths = [site.name for site in plan.sites if site.activation.mode == "dynamic"]
+    if not paths:
+        return []
+    return [
+        f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: dynamic activations "
+        "have one scale for all that is computed together, so that a text depends on the others of "
+        "its batch and on padding; --activations static or token does without"
+    ]
 
 
 def check_limits(config: CompileConfig, model: TracedModel) -> None:

@@ -36,6 +36,7 @@ from qcompile.limits import (
     check_limits,
     check_seq_len,
     incomparable,
+    ragged,
 )
 from qcompile.linears import find_sites
 from qcompile.measuring import measure
@@ -250,6 +251,7 @@ def compile_shared(
                 ],
             )
             apart = packing.notes
+            notes += ragged(plan)
             if model.max_length is not None:
                 graph.metadata_props[MAX_LENGTH] = str(model.max_length)
         path = target.emit(graph, folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from qcompile.artifact import load, read_record
 from qcompile.cache import has_cache
 from qcompile.errors import ConfigError, ModelError, StandInWarning
 from qcompile.genai import end_tokens
-from qcompile.generation import generate
+from qcompile.generation import check_temperature, generate
 from qcompile.targets import available, get_target
 
 
@@ -71,8 +70,7 @@ def run_prompt(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigError("the prompt is not valid UTF-8") from error
-    if not (math.isfinite(temperature) and temperature >= 0.0):
-        raise ConfigError(f"temperature {temperature} is no number from 0 on")
+    check_temperature(temperature)
     record = read_record(folder)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", StandInWarning)

@@ -315,6 +315,29 @@ def test_the_report_and_the_record_tell_of_the_cache(compile_cached: Cached) -> 
     assert record["max_length"] == 512 and "genai_config.json" in record["sha256"]
 
 
+def test_a_scale_for_all_that_is_computed_together_is_warned_of(
+    tiny_onnx: Path, tiny_opt: Path, small: qcompile.CompileConfig, tmp_path: Path
+) -> None:
+    def warned(mode: str) -> bool:
+        made = qcompile.compile(
+            tiny_onnx,
+            target="ort-cpu:avx2",
+            calibration=tiny_opt / "calibration.txt",
+            config=small.model_copy(update={"cache": True, "activations": mode}),
+            output=tmp_path / mode,
+        )
+        return any("depends on the others of its batch" in text for text in made.report.warnings)
+
+    assert warned("dynamic") and not warned("token")
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0])
+def test_a_temperature_is_a_number_from_0_on(compile_cached: Cached, temperature: float) -> None:
+    session = compile_cached("w8a8").session()
+    with pytest.raises(ConfigError, match="is no number from 0 on"):
+        generate(session, [[1, 2]], 3, temperature=temperature)
+
+
 def test_columns_are_scaled_behind_the_kernel(
     compile_cached: Cached, compiled_tiny: qcompile.Artifact
 ) -> None:
