@@ -69,7 +69,7 @@ def _lower(graph: ir.Graph, matmul: ir.Node) -> bool:
             result = tape.op("Add", [result, bias])
     else:
         return False
-    put_kernel(graph, matmul, replaced, list(tape.nodes), result, KERNEL)
+    put_kernel(graph, matmul, replaced, tape.nodes, result, KERNEL)
     return True
 
 

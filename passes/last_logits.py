@@ -14,7 +14,6 @@ from qcompile.passes.matching import made_by
 from qcompile.passes.pack_tokens import name_places, negative
 from qcompile.passes.symbolic_shapes import dims_of
 from qcompile.passes.weight_only import KERNEL as NBITS
-from qcompile.targets.cuda.schema import DOMAIN
 
 from qcompile.cache import MASK, TOKENS
 from qcompile.linears import is_constant
@@ -47,7 +46,9 @@ class LastLogits(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, modified=False)
         given = {value.name: value for value in model.graph.inputs}
         after = _after(logits)
-        if not any(_is_product(node) for node in after) or not {MASK, TOKENS} <= given.keys():
+        # Behind the product alone nothing would be saved by cutting.
+        saves = any(node.op_type in _PRODUCTS for node in after)
+        if not saves or not {MASK, TOKENS} <= given.keys():
             return ir.passes.PassResult(model, modified=False)
         _gather(model.graph, after[-1], given[MASK], given[TOKENS])
         for made in (value for node in after for value in node.outputs):
@@ -65,15 +66,9 @@ def _after(logits: ir.Value) -> list[ir.Node]:
         if node is not None and (not found or _is_read_by(found[-1], node)):
             source = _source(node)
         if node is None or source is None:
-            # Codes and their scales would have to be cut apart.
-            return found[:-1] if found and len(_computed(found[-1])) > 1 else found
+            return found
         found.append(node)
         value = source
-
-
-def _is_product(node: ir.Node) -> bool:
-    """Behind it alone nothing would be saved by cutting."""
-    return node.op_type in _PRODUCTS or node.domain == DOMAIN
 
 
 def _is_read_by(reader: ir.Node, node: ir.Node) -> bool:
@@ -95,13 +90,10 @@ def _source(node: ir.Node) -> ir.Value | None:
     if "Normalization" in node.op_type and node.attributes.get_int("axis", -1) not in (-1, 2):
         return None
     given, computed = [v for v in node.inputs if v is not None], _computed(node)
-    makers = {v.producer() for v in computed}
-    # A product in INT8 reads the codes and the scales that one op makes.
-    pair = len(computed) == 2 and len(makers) == 1 and node.domain == DOMAIN
-    if (len(computed) != 1 and not pair) or computed[0] is not node.inputs[_at(node)]:
+    if len(computed) != 1 or computed[0] is not node.inputs[_at(node)]:
         return None
     # With this the output has as many axes as what is computed, so that axis 1 is the tokens.
-    flat = node.domain in (CONTRIB, DOMAIN) or all(
+    flat = node.domain == CONTRIB or all(
         v is computed[0] or len(dims_of(v) or ()) < 3 for v in given
     )
     return computed[0] if flat else None
